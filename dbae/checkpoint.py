@@ -1,0 +1,274 @@
+"""Weights on disk: the released format, own checkpoints, atomic writing, resuming.
+
+A weight file (`ema_*.pt`, `model_*.pt`) is a flat state dict with the released key names, as
+others' readers of that format expect. Our own files carry their configuration as state-dict
+metadata, which such readers pass over. Key names in memory differ only by prefix; `_PREFIXES` is
+the one translation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .model import DBAE
+from .presets import ModelConfig
+from .unet import UNET_MULTIPLIERS
+
+# In memory → on disk. The UNet's keys stand at the top level of the file.
+_PREFIXES = (("encoder.", "encoder."), ("endpoint.", "decoder."), ("unet.", ""))
+# Parts of released files that no forward pass uses: accepted when loading, never created.
+_UNUSED_PREFIX = "decoder.feat_256."
+_METADATA_KEY = "dbae"
+# What a file's own configuration may be overridden with: it changes no weight's shape or meaning.
+_FREE_FIELDS = ("end_data", "sigma_data", "cov_xy", "weight_schedule", "dropout")
+
+StateDict = Mapping[str, Tensor]
+
+
+# Names ------------------------------------------------------------------------------------
+
+
+def to_released(state: StateDict) -> OrderedDict[str, Tensor]:
+    """Rename a DBAE's state dict to the released key names."""
+    renamed: OrderedDict[str, Tensor] = OrderedDict()
+    for key, value in state.items():
+        ours, theirs = next(pair for pair in _PREFIXES if key.startswith(pair[0]))
+        renamed[theirs + key[len(ours) :]] = value
+    return renamed
+
+
+def from_released(state: StateDict) -> OrderedDict[str, Tensor]:
+    """Rename released keys to those of a DBAE in memory (the inverse of `to_released`)."""
+    renamed: OrderedDict[str, Tensor] = OrderedDict()
+    for key, value in state.items():
+        ours, theirs = next(pair for pair in _PREFIXES if key.startswith(pair[1]))
+        renamed[ours + key[len(theirs) :]] = value
+    return renamed
+
+
+# Reading ----------------------------------------------------------------------------------
+
+
+def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict) -> None:
+    """Load released-format weights into a DBAE, strictly.
+
+    Keys that the format marks as unused are accepted. Any other missing or unexpected key, or
+    shape that differs, raises UserError that names the first of them; nothing is loaded then.
+    """
+    name = "the state dict" if isinstance(source, Mapping) else str(source)
+    state = source if isinstance(source, Mapping) else read_weights(source)[0]
+    expected = to_released(model.state_dict())
+    found = {
+        key: value
+        for key, value in state.items()
+        if key in expected or not key.startswith(_UNUSED_PREFIX)
+    }
+    problems = [f"lacks {key}" for key in expected if key not in found]
+    problems += [f"has the unknown key {key}" for key in found if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(found[key].shape)}, the model {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(
+            f"{name} does not fit this architecture: {'; '.join(problems[:3])}{more}. "
+            "Use the checkpoint's own --image_size, --num_channels, --latent_dim and STO"
+        )
+    model.load_state_dict(from_released(found))
+
+
+def load_model(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", **overrides: Any
+) -> DBAE:
+    """A model in eval mode from a weight file, own or released, or from a run's folder.
+
+    The architecture comes from the file's own configuration, from `config.json` beside it, or,
+    for a released file, from its shapes. Of a released file the schedule is not recorded: it
+    is the last part of its folder's name (`…_vp`), or "vp", unless given.
+
+    Args:
+        path: a `.pt` file, or a folder, of which the newest `ema_*.pt` is taken.
+        device: where the model goes.
+        overrides: fields of ModelConfig. end_data, sigma_data, cov_xy, weight_schedule and
+            dropout replace what is stored; any other must agree with it.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or it contradicts the overrides.
+    """
+    path = newest_weights(Path(path))
+    state, stored = read_weights(path)
+    config = ModelConfig.from_dict(stored) if stored else _infer_config(state, path, overrides)
+    for name, value in overrides.items():
+        if name not in {field.name for field in dataclasses.fields(ModelConfig)}:
+            raise UserError(f"load_model: {name!r} is not a model option")
+        if name not in _FREE_FIELDS and getattr(config, name) != value:
+            raise UserError(
+                f"{path} was trained with {name}={_word(getattr(config, name))}, "
+                f"but {_word(value)} was asked for; leave it out or choose another checkpoint"
+            )
+    model = DBAE(dataclasses.replace(config, **overrides))
+    load_weights(model, state)
+    return model.to(device).eval()
+
+
+def read_weights(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, Any] | None]:
+    """A weight file's tensors and the model configuration stored in or beside it, if any.
+
+    Prefixes that wrappers leave (`module.`, `_orig_mod.`) are taken off. Nothing in the file is
+    executed. Raises UserError where it is absent or is not a state dict.
+    """
+    path = Path(path)
+    state = load_file(path)
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise UserError(f"{path} is not a checkpoint: expected a dict of tensors by name")
+    metadata = getattr(state, "_metadata", {}).get(_METADATA_KEY)
+    config = metadata["model"] if metadata else _config_beside(path)
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): v for key, v in state.items()}
+    return state, config
+
+
+def load_file(path: Path) -> Any:
+    """torch.load on the CPU that executes nothing from the file; UserError where it fails."""
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else "empty"
+        raise UserError(f"{path} is not a readable PyTorch checkpoint ({reason})") from error
+
+
+def newest_weights(path: Path) -> Path:
+    """`path` itself if it is a file; of a folder the `ema_*.pt` with the highest step."""
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("ema_*_*.pt"), key=step_of)
+    if not found:
+        raise UserError(f"folder {path} holds no ema_*.pt checkpoint")
+    return found[-1]
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name (`ema_0.9999_010000.pt` → 10000), −1 if there is none."""
+    match = re.search(r"_(\d+)$", path.stem)
+    return int(match.group(1)) if match else -1
+
+
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    beside = path.parent / "config.json"
+    if not beside.is_file():
+        return None
+    try:
+        config = json.loads(beside.read_text())["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{beside} is not a run's config.json ({error!r})") from error
+    return dict(config)
+
+
+def _infer_config(state: StateDict, path: Path, overrides: dict[str, Any]) -> ModelConfig:
+    """The configuration of a released file, from its keys and shapes."""
+    try:
+        latent_dim = state["label_emb.weight"].shape[1]
+        size = next(
+            int(match.group(1))
+            for match in (re.match(r"decoder\.to_(\d+)\.weight_orig", key) for key in state)
+            if match
+        )
+        blocks = {int(key.split(".")[1]) for key in state if key.startswith("input_blocks.")}
+        levels = len(UNET_MULTIPLIERS[size])
+        num_res_blocks = len(blocks) // levels - 1
+        attention = tuple(
+            size >> level
+            for level in range(levels)
+            if f"input_blocks.{1 + level * (num_res_blocks + 1)}.1.qkv.weight" in state
+        )
+        stochastic = state["encoder.out.3.weight"].shape[0] == 2 * latent_dim
+        num_channels = state["input_blocks.0.0.weight"].shape[0]
+    except (KeyError, StopIteration, IndexError) as error:
+        raise UserError(
+            f"{path} is not a DBAE checkpoint: it lacks the keys of one "
+            "(label_emb.weight, decoder.to_*.weight_orig, encoder.out.3.weight, …)"
+        ) from error
+    suffix = re.search(r"_((?:vp|ve)(?:_simple)?)$", path.resolve().parent.name)
+    schedule = overrides.get("schedule") or (suffix.group(1) if suffix else "vp")
+    return ModelConfig(
+        image_size=size,
+        num_channels=num_channels,
+        latent_dim=latent_dim,
+        stochastic=stochastic,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=attention,
+        schedule=schedule,
+    )
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# Writing ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when it was written whole and is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def save_weights(path: Path, model: DBAE, run: Mapping[str, Any] | None = None) -> None:
+    """Write a model's weights in the released format, with its configuration as metadata.
+
+    `run`: more of the run's configuration to store (JSON-able values).
+    """
+    state = OrderedDict((k, v.detach().cpu()) for k, v in to_released(model.state_dict()).items())
+    metadata = {**(run or {}), "model": dataclasses.asdict(model.config)}
+    state._metadata = {"": {"version": 1}, _METADATA_KEY: metadata}  # type: ignore[attr-defined]
+    with atomic_file(path) as file:
+        torch.save(state, file)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise UserError where less than `needed` bytes are free in `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"too little disk for a checkpoint: {folder} has {free / 2**20:.0f} MiB free, "
+            f"{needed / 2**20:.0f} MiB are needed; free some space or choose another --workdir"
+        )

@@ -1,0 +1,104 @@
+"""Command-line flags made from dataclass fields, so that an option exists in one place only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .errors import UserError
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that is also a command-line flag with this help text and these choices."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse_bool(text: str) -> bool:
+    """`true`/`false` in any case (also yes/no, 1/0) → bool; ValueError otherwise."""
+    word = text.lower()
+    if word in ("true", "yes", "1"):
+        return True
+    if word in ("false", "no", "0"):
+        return False
+    raise ValueError(f"{text!r} is not true or false")
+
+
+def _converter(annotation: Any) -> Callable[[str], Any]:
+    """The function that turns a flag's text into a value of the field's type."""
+    members = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return _converter(members[0])
+    if annotation is bool:
+        return parse_bool
+    if typing.get_origin(annotation) is tuple:
+        return lambda text: tuple(int(part) for part in text.split(",") if part)
+    return typing.cast(Callable[[str], Any], annotation)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line instead of a page of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see {os.path.basename(self.prog)} --help)")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser that reports mistakes as `UserError` and accepts no abbreviated flags."""
+    return _Parser(description=description, allow_abbrev=False)
+
+
+def add_flags(
+    to: argparse.ArgumentParser, config: type, defaults: str | None = None, skip: Sequence[str] = ()
+) -> None:
+    """Add one `--flag` per field of the dataclass `config` (those in `skip` left out).
+
+    A flag that is not given does not appear in the parsed namespace, so that the caller can tell
+    "given" from "default" (`given`). `defaults` replaces the default shown in the help text.
+    """
+    hints = typing.get_type_hints(config)
+    group = to.add_argument_group(config.__name__)
+    for field in dataclasses.fields(config):
+        if field.name in skip:
+            continue
+        convert = _converter(hints[field.name])
+        shown = defaults or field.default
+        keywords: dict[str, Any] = {}
+        if convert is parse_bool:  # `--flag` alone means true
+            keywords = {"nargs": "?", "const": True, "metavar": "true|false"}
+        elif field.metadata.get("choices"):
+            keywords = {"choices": list(field.metadata["choices"])}
+        group.add_argument(
+            f"--{field.name}",
+            type=convert,
+            default=argparse.SUPPRESS,
+            help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"),
+            **keywords,
+        )
+
+
+def given(namespace: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The fields of `config` that were given on the command line, as a dict."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return {name: value for name, value in vars(namespace).items() if name in names}
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
+    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        code = main(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except BrokenPipeError:  # the reader of our output (head, less) went away
+        sys.stderr.close()
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)
