@@ -202,6 +202,7 @@ def _infer_config(state: StateDict, path: Path, overrides: dict[str, Any]) -> Mo
         )
         stochastic = state["encoder.out.3.weight"].shape[0] == 2 * latent_dim
         num_channels = state["input_blocks.0.0.weight"].shape[0]
+        endpoint_channels = state["decoder.init.init.1.weight"].shape[0] // 32
     except (KeyError, StopIteration, IndexError) as error:
         raise UserError(
             f"{path} is not a DBAE checkpoint: it lacks the keys of one "
@@ -213,6 +214,7 @@ def _infer_config(state: StateDict, path: Path, overrides: dict[str, Any]) -> Mo
         image_size=size,
         num_channels=num_channels,
         latent_dim=latent_dim,
+        endpoint_channels=0 if endpoint_channels == min(64, num_channels) else endpoint_channels,
         stochastic=stochastic,
         num_res_blocks=num_res_blocks,
         attention_resolutions=attention,
@@ -272,3 +274,35 @@ def require_space(folder: Path, needed: int) -> None:
             f"too little disk for a checkpoint: {folder} has {free / 2**20:.0f} MiB free, "
             f"{needed / 2**20:.0f} MiB are needed; free some space or choose another --workdir"
         )
+
+
+# Training state ---------------------------------------------------------------------------
+
+
+def ema_path(folder: Path, rate: float, step: int) -> Path:
+    """`ema_{rate}_{step:06d}.pt`, the released name of averaged weights."""
+    return folder / f"ema_{rate}_{step:06d}.pt"
+
+
+def model_path(folder: Path, step: int) -> Path:
+    """`model_{step:06d}.pt`, the released name of the live weights."""
+    return folder / f"model_{step:06d}.pt"
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """`state_{step:06d}.pt`: optimizer, scaler, position; what resuming needs besides weights."""
+    return folder / f"state_{step:06d}.pt"
+
+
+def resumable_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, newest first.
+
+    The state file is written last, so that where it exists the weights beside it are whole.
+    """
+    return sorted((step_of(path) for path in folder.glob("state_*.pt")), reverse=True)
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a training state (nested dicts and lists of tensors, numbers, text) atomically."""
+    with atomic_file(path) as file:
+        torch.save(dict(state), file)

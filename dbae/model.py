@@ -40,8 +40,7 @@ class DBAE(nn.Module):
         )
         out_dim = 2 * latent if config.stochastic else latent
         self.encoder = Encoder(size, config.num_channels, out_dim, blocks)
-        # 64 is the published width at both published sizes; smaller models scale it down.
-        self.endpoint = EndpointDecoder(size, latent, min(64, config.num_channels))
+        self.endpoint = EndpointDecoder(size, latent, config.endpoint_width)
 
     # Image → z → x_T ----------------------------------------------------------------------
 
@@ -52,7 +51,7 @@ class DBAE(nn.Module):
         """
         if not self.config.stochastic:
             raise UserError("encode_stats: this model's encoder is deterministic; use encode")
-        return split_stats(self.encoder(self._check_images(x0)))
+        return split_stats(self.encoder(self._check_images(x0)).to(x0.dtype))
 
     def encode(
         self,
@@ -68,7 +67,7 @@ class DBAE(nn.Module):
         or from the given ε in `noise` (N, latent_dim), or the mean μ if `mean`.
         """
         if not self.config.stochastic:
-            return cast(Tensor, self.encoder(self._check_images(x0)))
+            return cast(Tensor, self.encoder(self._check_images(x0)).to(x0.dtype))
         mu, log_sigma = self.encode_stats(x0)
         if mean:
             return mu

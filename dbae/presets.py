@@ -23,6 +23,9 @@ class ModelConfig:
     image_size: int = option(64, "height and width of the images: 32, 64, 128 or 256")
     num_channels: int = option(64, "base channels C of UNet and encoder")
     latent_dim: int = option(512, "numbers in z")
+    endpoint_channels: int = option(
+        0, "base channels of the endpoint decoder (0: num_channels, at most 64)"
+    )
     stochastic: bool = option(True, "stochastic encoder (the paper's DBAE; false is DBAE-d)")
     num_res_blocks: int = option(2, "residual blocks per resolution")
     attention_resolutions: tuple[int, ...] = option(
@@ -52,6 +55,8 @@ class ModelConfig:
                 f"--num_channels {self.num_channels}: above 64 it must be a multiple of 64 "
                 "(attention heads have 64 channels)"
             )
+        if self.endpoint_channels < 0 or self.endpoint_channels % 2:
+            raise UserError(f"--endpoint_channels {self.endpoint_channels} must be even, or 0")
         for name in ("latent_dim", "num_res_blocks"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
@@ -62,6 +67,11 @@ class ModelConfig:
                 raise UserError(
                     f"--{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}"
                 )
+
+    @property
+    def endpoint_width(self) -> int:
+        """Base channels of the endpoint decoder: 64 is the published width at every size."""
+        return self.endpoint_channels or min(64, self.num_channels)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
@@ -164,7 +174,7 @@ PRESETS: dict[str, Preset] = {
     "demo": Preset(
         DataPreset("demo", splits={"train": (0, 50_000), "test": (50_000, 55_000)}),
         ModelConfig(
-            image_size=32, num_channels=32, latent_dim=32, num_res_blocks=1,
+            image_size=32, num_channels=32, latent_dim=32, endpoint_channels=16, num_res_blocks=1,
             attention_resolutions=(8,), dropout=0.0, stochastic=False,
         ),
         {"batch_size": 32, "lr": 1e-3, "max_steps": 300, "save_interval": 100,

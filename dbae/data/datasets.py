@@ -1,0 +1,323 @@
+"""Data sets: which images, cut how, in which split, as uint8 tensors for a DataLoader."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import UserError
+from ..presets import DataPreset, get_preset
+from . import demo
+from .images import BadImage, decode, transform
+from .sources import Source, identity_groups, open_source
+
+BAD_IMAGES = ("error", "skip")
+_TRIES = 100  # bad images in a row that `skip` passes over before it gives up
+_SHARES = (("train", 0.8), ("valid", 0.9), ("test", 1.0))  # upper ends of the hashed splits
+_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+
+
+class Item(NamedTuple):
+    """One image of a split; a batch of them collates to an Item of tensors."""
+
+    image: Tensor  # uint8 (3, S, S)
+    index: int  # type: ignore[assignment]  # the position in the split that was asked for
+    replaced: bool  # whether a readable neighbour stands in for an unreadable image
+
+
+class Images(Protocol):
+    """Numbered pixels: what `ImageDataset` needs to know of a source."""
+
+    kind: str
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """The stable name of image i."""
+        ...
+
+    def pixels(self, i: int, size: int) -> Tensor:
+        """Image i as uint8 (3, size, size); BadImage when it cannot be had."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able facts on which images these are and how they are cut."""
+        ...
+
+    def digest(self) -> bytes:
+        """A cheap hash of names, first and last record."""
+        ...
+
+
+class FileImages:
+    """Encoded images of a `Source`, decoded, cropped and resized as a preset says."""
+
+    def __init__(self, source: Source, crop: tuple[int, int, int, int] | None, fit: str) -> None:
+        self.source = source
+        self.crop = crop
+        self.fit = fit
+        self.kind = source.kind
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def pixels(self, i: int, size: int) -> Tensor:
+        name = self.source.name(i)
+        return transform(decode(self.source.read(i), name), size, self.crop, self.fit, name)
+
+    def identity(self) -> dict[str, Any]:
+        crop = self.crop and "crop top {}, left {}, {}×{}; ".format(*self.crop)
+        return {
+            "path": os.path.basename(os.path.realpath(self.source.path)),
+            "transform": f"{crop or ''}{self.fit}; bilinear, antialiased",
+        }
+
+    def digest(self) -> bytes:
+        found = hashlib.sha256()
+        for i in range(len(self)):
+            found.update(self.name(i).encode("utf-8", "surrogateescape") + b"\0")
+        for i in (0, len(self) - 1):
+            try:
+                found.update(hashlib.sha256(self.source.read(i)).digest())
+            except BadImage:
+                found.update(b"unreadable")
+        return found.digest()
+
+
+class DemoImages:
+    """The first `length` pictures of the procedural demo set."""
+
+    kind = "demo"
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, i: int) -> str:
+        return f"demo-{i:05d}"
+
+    def pixels(self, i: int, size: int) -> Tensor:
+        return torch.from_numpy(demo.draw(i, size)).permute(2, 0, 1).contiguous()
+
+    def identity(self) -> dict[str, Any]:
+        return {"path": None, "transform": "drawn at this size"}
+
+    def digest(self) -> bytes:
+        first, last = demo.draw(0), demo.draw(self.length - 1)
+        return hashlib.sha256(first.tobytes() + last.tobytes()).digest()
+
+
+class ImageDataset(Dataset[Item]):
+    """One split of a data set as square uint8 images.
+
+    `kind` is folder, zip, lmdb or demo; `indices` are the split's source indices; `notes` are
+    lines that the user should see. With `bad_images` "error" an unreadable image raises BadImage;
+    with "skip" the next readable image of the same split stands in, always the same one, and the
+    item says so.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        name: str,
+        split: str,
+        size: int,
+        indices: Sequence[int] | np.ndarray,
+        bad_images: str = "error",
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.images = images
+        self.kind = images.kind
+        self.name = name
+        self.split = split
+        self.size = size
+        self.indices = indices
+        self.bad_images = bad_images
+        self.notes = list(notes)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def source_index(self, i: int) -> int:
+        """The number in the whole source of this split's image i: the row of a label file."""
+        return int(self.indices[i])
+
+    def image_name(self, i: int) -> str:
+        """The stable name of this split's image i."""
+        return self.images.name(self.source_index(i))
+
+    def __getitem__(self, i: int) -> Item:
+        """The image at position i of the split.
+
+        Raises IndexError outside 0..len-1, BadImage as described above, and UserError when "skip"
+        finds no readable image among the next hundred.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of {len(self)}")
+        if self.bad_images == "error":
+            return Item(self.images.pixels(self.source_index(i), self.size), i, False)
+        tries = min(_TRIES, len(self))
+        for step in range(tries):
+            try:
+                source_index = self.source_index((i + step) % len(self))
+                return Item(self.images.pixels(source_index, self.size), i, step > 0)
+            except BadImage as error:
+                last = error
+        raise UserError(
+            f"{tries} unreadable images in a row from {self.image_name(i)} on; the last: {last}"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What these images are, JSON-able, for the protocol beside a result.
+
+        `fingerprint` is a SHA-256 of the source's length and names, of its first and last record
+        and of the split's indices: cheap, and another one for another set of files.
+        """
+        chosen = np.asarray(self.indices, dtype="<i8").tobytes()
+        return {
+            "dataset": self.name,
+            "kind": self.kind,
+            "split": self.split,
+            "n": len(self),
+            "size": self.size,
+            **self.images.identity(),
+            "fingerprint": hashlib.sha256(self.images.digest() + chosen).hexdigest(),
+        }
+
+
+def open_dataset(
+    preset_name: str,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    split: str | None = None,
+    bad_images: str = "error",
+) -> ImageDataset:
+    """The images of data set `preset_name` at `data_dir`, in `split`, as `image_size` squares.
+
+    Size and split default to the preset's. Split `all` is always there. The others are the
+    preset's index ranges; else the top-level folders `train`, `valid` (or `val`), `test`; else a
+    fixed 80/10/10 division by a hash of the person (`identity.txt`) or the image's name. Raises
+    UserError for an unknown name, split or policy, missing or unusable data, an empty split.
+    """
+    preset = get_preset(preset_name)
+    size = image_size or preset.model.image_size
+    split = split or preset.train.get("split", "train")
+    if bad_images not in BAD_IMAGES:
+        raise UserError(f"--bad_images {bad_images!r} is unknown; choose error or skip")
+    images = _open_images(preset_name, preset.data, data_dir)
+    indices, notes = _choose(images, preset.data, split, preset_name)
+    if len(indices) == 0:
+        raise UserError(
+            f"split {split!r} of {data_dir or preset_name} is empty: there are only {len(images)} "
+            "images in all; use the split all or add images"
+        )
+    return ImageDataset(images, preset_name, split, size, indices, bad_images, notes)
+
+
+def _open_images(name: str, preset: DataPreset, data_dir: str | None) -> Images:
+    if preset.source == "demo":
+        if data_dir:
+            raise UserError(
+                f"--data_dir {data_dir}: the demo set is drawn on the fly and reads no files; "
+                "for your own images use the data set `folder`"
+            )
+        return DemoImages(max(stop for _, stop in (preset.splits or {}).values()))
+    if not data_dir:
+        raise UserError(
+            f"data set {name} needs its images: pass --data_dir DIR or set the data root in "
+            f"args.sh (expected there: {name}/data.mdb, a folder of images, or a zip)"
+        )
+    return FileImages(open_source(data_dir), preset.crop, preset.fit)
+
+
+def _choose(
+    images: Images, preset: DataPreset, split: str, name: str
+) -> tuple[range | np.ndarray, list[str]]:
+    """The source indices of `split`, and the lines that the user should see about them."""
+    if split == "all":
+        return range(len(images)), []
+    notes: list[str] = []
+    splits: Mapping[str, range | np.ndarray]
+    if preset.splits:
+        splits, notes = _ranges(len(images), preset.splits)
+    else:
+        assert isinstance(images, FileImages)  # the demo set declares its splits
+        splits = _folder_splits(images.source) or _hashed_splits(images.source)
+    if split not in splits:
+        known = ", ".join([*splits, "all"])
+        raise UserError(f"split {split!r} of {name} is unknown; choose one of {known}")
+    return splits[split], notes
+
+
+def _ranges(
+    length: int, declared: dict[str, tuple[int, int]]
+) -> tuple[dict[str, range], list[str]]:
+    """The declared index ranges; for a source of another length, the same proportions of it."""
+    total = max(stop for _, stop in declared.values())
+    if length == total:
+        return {name: range(*bounds) for name, bounds in declared.items()}, []
+    scaled = {
+        name: range(first * length // total, stop * length // total)
+        for name, (first, stop) in declared.items()
+    }
+    parts = ", ".join(f"{name} {len(part)}" for name, part in scaled.items())
+    note = f"{length} images instead of {total}: split in the same proportions ({parts})"
+    return scaled, [note]
+
+
+def _folder_splits(source: Source) -> dict[str, np.ndarray]:
+    """The splits that the source's own top-level folders make; none without train and another."""
+    parts = [source.name(i).split("/") for i in range(len(source))]
+    depth = 0
+    # Folders that hold everything (an archive's single root) do not count as top level.
+    while parts[0][depth] not in _FOLDERS and all(
+        len(path) > depth + 1 and path[depth] == parts[0][depth] for path in parts
+    ):
+        depth += 1
+    found: dict[str, list[int]] = {}
+    for i, path in enumerate(parts):
+        if len(path) > depth + 1 and path[depth] in _FOLDERS:
+            found.setdefault(_FOLDERS[path[depth]], []).append(i)
+    if "train" not in found or len(found) < 2:
+        return {}
+    return {name: np.asarray(indices) for name, indices in found.items()}
+
+
+def _hashed_splits(source: Source) -> dict[str, np.ndarray]:
+    """80 % train, 10 % valid, 10 % test by a hash of each image's group (person or name)."""
+    chosen: dict[str, list[int]] = {name: [] for name, _ in _SHARES}
+    for i, group in enumerate(identity_groups(source)):
+        digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
+        at = int.from_bytes(digest[:8], "big") / 2**64
+        chosen[next(name for name, end in _SHARES if at <= end)].append(i)
+    return {name: np.asarray(found, dtype=np.int64) for name, found in chosen.items()}
+
+
+_WORKER_ERROR = re.compile(r"Caught \w+ in .*", re.DOTALL)
+
+
+def user_error_from_worker(error: BaseException) -> UserError | None:
+    """The one-line `UserError` behind an exception raised in a DataLoader's worker process.
+
+    torch wraps the message in the worker's traceback; its last line is the original one. An
+    error of this process is returned as it is; None when no UserError is behind `error`.
+    """
+    if not isinstance(error, UserError):
+        return None
+    if not _WORKER_ERROR.match(str(error)):
+        return error
+    last = str(error).rstrip().splitlines()[-1]
+    return type(error)(last.partition(": ")[2])

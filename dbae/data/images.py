@@ -1,0 +1,131 @@
+"""Bytes ↔ pixels ↔ the model's range: the one place for these conversions (SPEC section 5).
+
+Pixels are uint8 tensors, channels first; the networks see float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import UserError
+
+FITS = ("stretch", "center")
+_PADDING = 2  # pixels between and around the images of a grid
+
+
+class BadImage(UserError):
+    """One image cannot be used; the message is one line naming it and the reason."""
+
+
+def bad_image(name: str, reason: object) -> BadImage:
+    """The `BadImage` for image `name`, on one line whatever name and reason hold."""
+    return BadImage(" ".join(f"image {name}: {reason}".splitlines()))
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """The encoded image `data` (any format and mode that Pillow reads) → RGB, 8 bits a channel.
+
+    The EXIF orientation is applied, transparency is laid on white, 16-bit and 32-bit grey is
+    divided by 257, floating-point grey is scaled from [0, 1], [0, 255] or [0, 65535], whichever
+    its maximum fits. Raises BadImage, naming `name`, for what is empty, truncated, not an image,
+    or so large that it must be a decompression bomb.
+    """
+    if not data:
+        raise bad_image(name, "the file is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise bad_image(name, "not an image in a format that Pillow reads") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, …
+        raise bad_image(name, f"cannot be decoded ({error or type(error).__name__})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow's own conversion would clip
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Grey levels of 16 bits, of 32 bits or in floating point → uint8 of the same shape."""
+    if values.dtype.kind != "f":
+        scale = 1 / 257
+    elif not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    else:
+        top = values.max()
+        scale = 255 if top <= 1 else 1 if top <= 255 else 1 / 257
+    return np.rint(values.astype(np.float64) * scale).clip(0, 255).astype(np.uint8)
+
+
+def fit_square(image: Image.Image, size: int, fit: str) -> Image.Image:
+    """`image` as (size, size): bilinear with antialiasing, as Pillow resizes.
+
+    `fit` "stretch" resizes the whole image, "center" first cuts the centred square.
+    """
+    if fit == "center":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if image.size == (size, size):
+        return image
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def transform(
+    image: Image.Image,
+    size: int,
+    crop: tuple[int, int, int, int] | None = None,
+    fit: str = "stretch",
+    name: str = "given",
+) -> Tensor:
+    """An RGB image → uint8 (3, size, size): crop (top, left, height, width), then `fit_square`.
+
+    Raises BadImage when the image does not contain the crop box, or has its final size already
+    although a crop is due: then it is not the aligned CelebA image that the box was made for.
+    """
+    if crop is not None:
+        top, left, height, width = crop
+        already = image.size == (size, size)
+        if already or image.width < left + width or image.height < top + height:
+            raise bad_image(
+                name,
+                f"is {image.width}×{image.height} pixels; expected an aligned 178×218 CelebA "
+                f"image, of which {width}×{height} pixels at left {left}, top {top} are kept "
+                "(for images cut already use the data set `folder`)",
+            )
+        image = image.crop((left, top, left + width, top + height))
+    pixels = np.array(fit_square(image, size, fit))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_model_range(pixels: Tensor) -> Tensor:
+    """uint8 in 0..255, any shape → float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Floats in [-1, 1], any shape → uint8, rounded and clamped; undoes `to_model_range`."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def image_grid(images: Tensor, columns: int) -> Image.Image:
+    """uint8 (N, 3, H, W) → one picture, `columns` images a row, row by row, on white."""
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    down, right = height + _PADDING, width + _PADDING
+    canvas = np.full((rows * down + _PADDING, columns * right + _PADDING, 3), 255, np.uint8)
+    for i, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = i // columns * down + _PADDING, i % columns * right + _PADDING
+        canvas[top : top + height, left : left + width] = pixels
+    return Image.fromarray(canvas)

@@ -1,0 +1,54 @@
+"""Batches of training images for one process, in the order that `BatchOrder` fixes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .datasets import ImageDataset, user_error_from_worker
+from .order import RankBatches
+
+
+class Batch(NamedTuple):
+    """images: uint8 (N, 3, S, S); replaced: how many stand in for unreadable ones."""
+
+    images: Tensor
+    replaced: int
+
+
+def default_workers(dataset: ImageDataset, processes_here: int) -> int:
+    """Loader processes per rank: one core is left to the rank itself; drawing needs none."""
+    if dataset.describe()["kind"] == "demo":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(0, min(8, (cores or 1) // processes_here - 1))
+
+
+def load_batches(
+    dataset: ImageDataset, batches: RankBatches, num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Yield one Batch per index list. A bad image in a worker raises the UserError it is."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=False,
+        collate_fn=_collate,
+    )
+    try:
+        yield from loader
+    except Exception as error:
+        mistake = user_error_from_worker(error)
+        if mistake is None:
+            raise
+        raise mistake from error
+
+
+def _collate(items: list) -> Batch:  # type: ignore[type-arg]
+    return Batch(torch.stack([i.image for i in items]), sum(i.replaced for i in items))

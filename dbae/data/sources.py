@@ -1,0 +1,347 @@
+"""Where encoded images come from: a folder tree, a zip file, or an LMDB in DiffAE's layout.
+
+A source is cheap to pickle and holds no open file of another process: handles are opened on
+first use, anew in each process, so that DataLoader workers of any start method can share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import weakref
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import lmdb
+
+from ..errors import UserError
+from .images import bad_image
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_IMAGE_WORDS = "jpg, jpeg, png, webp, bmp, tif, tiff"
+IDENTITY_FILE = "identity.txt"
+
+
+class Source(Protocol):
+    """Encoded images by number; `path` is what the user named, `kind` what was found there."""
+
+    kind: str
+    path: str
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """The stable relative name of image i (POSIX separators; an LMDB's key)."""
+        ...
+
+    def read(self, i: int) -> bytes:
+        """The encoded image i; BadImage when it cannot be read."""
+        ...
+
+    def sidecar(self, name: str) -> str | None:
+        """The text of a file of that relative name beside the images, None if there is none."""
+        ...
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """The images at `path`: a folder, a zip file, or an LMDB (its folder or its single file).
+
+    Raises UserError, one line each, when there is nothing at `path`, when it is of another kind,
+    empty, corrupt or (an LMDB) incomplete.
+    """
+    text = os.fspath(path)
+    if not os.path.exists(text):
+        raise UserError(f"{text} does not exist; expected a folder, zip or LMDB with images")
+    if os.path.isdir(text):
+        if os.path.isfile(os.path.join(text, "data.mdb")):
+            return LmdbSource(text)
+        return FolderSource(text)
+    try:
+        with open(text, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{text} cannot be read ({error.strerror})") from error
+    if head.startswith(b"PK") or text.lower().endswith(".zip"):
+        return ZipSource(text)
+    if _LMDB_MAGIC in (head[16:20], head[16:20][::-1]) or text.lower().endswith(".mdb"):
+        return LmdbSource(text)
+    raise UserError(f"{text} is neither a folder, nor a zip file, nor an LMDB with images")
+
+
+def _is_image(name: str) -> bool:
+    """Whether a relative POSIX name ends as an image does and no part of it is hidden."""
+    parts = name.split("/")
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and parts[-1].lower().endswith(EXTENSIONS)
+
+
+class FolderSource:
+    """The image files below a folder, in the order of their relative names."""
+
+    kind = "folder"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._names = _walk(path)
+        if not self._names:
+            raise UserError(f"folder {path} holds no images ({_IMAGE_WORDS})")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, i: int) -> str:
+        return self._names[i]
+
+    def read(self, i: int) -> bytes:
+        try:
+            return Path(self.path, self._names[i]).read_bytes()
+        except OSError as error:
+            raise bad_image(self._names[i], f"cannot be read ({error.strerror})") from error
+
+    def sidecar(self, name: str) -> str | None:
+        return _read_text(Path(self.path, name))
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def _walk(root: str) -> list[str]:
+    """Relative POSIX names of all images below `root`, sorted.
+
+    Links to folders are followed, after the real folders, and no folder is entered twice, so a
+    loop of links ends.
+    """
+    names: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    folders, links = [""], list[str]()
+    while folders or links:
+        folder = (folders or links).pop()
+        try:
+            status = os.stat(os.path.join(root, folder))
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir() and not entry.name.startswith("."):
+                (links if entry.is_symlink() else folders).append(name)
+            elif _is_image(name) and entry.is_file():
+                names.append(name)
+    return sorted(names)
+
+
+class ZipSource:
+    """The image files in a zip archive, in the order of their names."""
+
+    kind = "zip"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        self._names = sorted({name for name in self._archive().namelist() if _is_image(name)})
+        if not self._names:
+            raise UserError(f"zip file {path} holds no images ({_IMAGE_WORDS})")
+
+    def _archive(self) -> zipfile.ZipFile:
+        # A handle from before a fork shares its file position with the parent: never use it.
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                self._opened = os.getpid(), zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+                raise UserError(
+                    f"{self.path} is not a complete zip file ({error}); copy or download it again"
+                ) from error
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, i: int) -> str:
+        return self._names[i]
+
+    def read(self, i: int) -> bytes:
+        try:
+            return self._archive().read(self._names[i])
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+            # RuntimeError: the member is encrypted, or compressed in a way Python cannot undo
+            raise bad_image(self._names[i], f"cannot be read from the zip ({error})") from error
+
+    def sidecar(self, name: str) -> str | None:
+        try:
+            return self._archive().read(name).decode("utf-8", errors="replace")
+        except KeyError:
+            return None
+
+
+_LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # at byte 16 of the first page, in the writer's byte order
+_KEY = re.compile(rb"(.+)-(\d+)")
+_MAY_BE_UNWRITTEN = 64  # pages at the end that LMDB may count without having written them
+
+
+class KeyForm(NamedTuple):
+    """How an LMDB names its records: `{prefix}-{index zero-padded to digits}`."""
+
+    prefix: str
+    digits: int
+
+    def key(self, i: int) -> bytes:
+        """The key of record i."""
+        return f"{self.prefix}-{i:0{self.digits}d}".encode()
+
+
+class LmdbSource:
+    """An LMDB in DiffAE's layout: `{prefix}-{index}` → encoded image, `length` → ASCII decimal.
+
+    Prefix and number of digits are read from the database; where it holds the same images in
+    several resolutions, the largest is taken.
+    """
+
+    kind = "lmdb"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._opened: _Handle | None = None
+        with self._environment().begin() as transaction:
+            self._length = _read_length(path, transaction)
+            self.form = _read_form(path, transaction)
+
+    def _environment(self) -> lmdb.Environment:
+        if self._opened is None or self._opened.process != os.getpid():
+            self._opened = _open_readonly(self.path)
+        return self._opened.environment
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def name(self, i: int) -> str:
+        return self.form.key(i).decode()
+
+    def read(self, i: int) -> bytes:
+        with self._environment().begin() as transaction:
+            data = transaction.get(self.form.key(i))
+        if data is None:
+            raise bad_image(self.name(i), f"no such key in {self.path} ({self._length} promised)")
+        return bytes(data)
+
+    def sidecar(self, name: str) -> str | None:
+        folder = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
+        return _read_text(Path(folder, name))
+
+
+class _Handle:
+    """An open LMDB and the process that opened it."""
+
+    def __init__(self, environment: lmdb.Environment) -> None:
+        self.process = os.getpid()
+        self.environment = environment
+
+
+# LMDB forbids opening one file twice in a process, so the train and test sets of a process share
+# a handle, found here by device and inode. It closes when the last source that uses it is gone.
+_handles: weakref.WeakValueDictionary[tuple[int, int], _Handle] = weakref.WeakValueDictionary()
+
+
+def _open_readonly(path: str) -> _Handle:
+    """This process's read-only handle of the LMDB at `path` (a folder or a single file).
+
+    Raises UserError when it cannot be opened, is no LMDB, or is shorter than it says it is.
+    """
+    file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
+    try:
+        status = os.stat(file)
+        key = status.st_dev, status.st_ino
+        handle = _handles.get(key)
+        if handle is not None and handle.process == os.getpid():
+            return handle
+        if handle is not None:  # inherited by a fork: it may not be used, and bars a new one
+            handle.environment.close()
+        environment = lmdb.open(
+            file, subdir=False, readonly=True, lock=False, readahead=False, meminit=False
+        )
+    except (lmdb.Error, OSError) as error:
+        raise UserError(f"{path} cannot be opened as an LMDB ({error})") from error
+    page = environment.stat()["psize"]
+    need = (environment.info()["last_pgno"] + 1) * page
+    if status.st_size + _MAY_BE_UNWRITTEN * page < need:  # reading past the end kills the process
+        raise UserError(
+            f"LMDB {path} is cut short: {status.st_size} bytes of {need}; copy or download it again"
+        )
+    _handles[key] = handle = _Handle(environment)
+    return handle
+
+
+def _read_length(path: str, transaction: lmdb.Transaction) -> int:
+    value = transaction.get(b"length")
+    if value is None:
+        raise UserError(
+            f"LMDB {path} has no key `length`: it is incomplete or not in DiffAE's layout "
+            "(if scripts/make_lmdb.py was stopped, run the same command again)"
+        )
+    text = bytes(value).decode("ascii", errors="replace")
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"LMDB {path}: key `length` holds {text!r}, expected a positive number")
+    return int(text)
+
+
+def _read_form(path: str, transaction: lmdb.Transaction) -> KeyForm:
+    forms: list[KeyForm] = []
+    cursor = transaction.cursor()
+    found = cursor.first()
+    while found:
+        match = _KEY.fullmatch(bytes(cursor.key()))
+        if match is None:
+            found = cursor.next()
+            continue
+        prefix = match[1]
+        forms.append(KeyForm(prefix.decode(errors="replace"), len(match[2])))
+        found = cursor.set_range(prefix + b".")  # "." follows "-": the first key past this prefix
+    if not forms:
+        raise UserError(
+            f"LMDB {path} holds no image keys such as 256-00000; expected DiffAE's layout"
+        )
+    return max(forms, key=lambda form: int(form.prefix) if form.prefix.isdecimal() else 0)
+
+
+_IDENTITY_LINE = re.compile(
+    rf"(.+?(?:{'|'.join(map(re.escape, EXTENSIONS))})|\S+)\s+(\S.*)", re.IGNORECASE
+)
+
+
+def identity_groups(source: Source) -> list[str]:
+    """For each image the person it shows, or its own name where nobody is named.
+
+    People are read from `identity.txt` (lines `file name`), in the image's folder or the nearest
+    one above it; for an LMDB, beside `data.mdb` with keys in place of files.
+    """
+
+    @functools.cache
+    def people(folder: str) -> dict[str, str]:
+        file = f"{folder}/{IDENTITY_FILE}" if folder else IDENTITY_FILE
+        found = _parse_identities(source.sidecar(file) or "")
+        if found or folder == "..":
+            return found
+        return people(folder.rpartition("/")[0] if folder else "..")
+
+    groups = []
+    for name in map(source.name, range(len(source))):
+        folder, _, base = name.rpartition("/")
+        groups.append(people(folder).get(base, name))
+    return groups
+
+
+def _parse_identities(text: str) -> dict[str, str]:
+    matches = map(_IDENTITY_LINE.fullmatch, map(str.strip, text.splitlines()))
+    return {match[1]: match[2] for match in matches if match}
