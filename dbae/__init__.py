@@ -1,8 +1,8 @@
 """DBAE: Diffusion Bridge AutoEncoders for unsupervised representation learning, in PyTorch.
 
-    model = dbae.load_model("ema_0.9999_1020000.pt")
-    z = model.encode(x0)            # (N, latent_dim) from images (N, 3, S, S) in [−1, 1]
-    x0_hat = model.reconstruct(x0)
+model = dbae.load_model("ema_0.9999_1020000.pt")
+z = model.encode(x0)            # (N, latent_dim) from images (N, 3, S, S) in [−1, 1]
+x0_hat = model.reconstruct(x0)
 """
 
 from .bridge import Bridge

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .layers import SpectralNorm
 
+Model = TypeVar("Model", bound=nn.Module)
 
-class Ema:
+
+class Ema(Generic[Model]):
     """Keeps `shadow`, an eval-mode copy of a model that follows it slowly.
 
     After n updates the decay is min(rate, (1 + n)/(10 + n)), so that the average is the better
@@ -20,9 +23,10 @@ class Ema:
     weights by one power iteration per update.
     """
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
+    def __init__(self, model: Model, rate: float) -> None:
         self.rate = rate
-        self.shadow = copy.deepcopy(model).eval().requires_grad_(False)
+        self.shadow: Model = copy.deepcopy(model)
+        self.shadow.eval().requires_grad_(False)
         self._spectral = [m for m in self.shadow.modules() if isinstance(m, SpectralNorm)]
         own = {id(vector) for m in self._spectral for vector in (m.weight_u, m.weight_v)}
         live = model.state_dict(keep_vars=True)

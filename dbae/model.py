@@ -123,9 +123,7 @@ class DBAE(nn.Module):
         else:
             z = z_mean = self.encode(x0)
         x_T = self.endpoint(z).to(x0.dtype)
-        a, b, c = (
-            k.to(device, x0.dtype)[:, None, None, None] for k in self.bridge.coefficients(t)
-        )
+        a, b, c = (k.to(device, x0.dtype)[:, None, None, None] for k in self.bridge.coefficients(t))
         denoised = self.denoise(a * x_T + b * x0 + c * noise, t, z, x_T)
         xs_mse = (denoised - x0).square().mean(dim=(1, 2, 3))
         weight = self.bridge.weight(t).to(device, xs_mse.dtype)

@@ -105,9 +105,7 @@ class TrainConfig:
         "real-uniform", "distribution of training times", choices=("real-uniform", "lognormal")
     )
     flip: bool = option(True, "random horizontal flips")
-    precision: str = option(
-        "fp32", "arithmetic of the networks", choices=("fp32", "bf16", "fp16")
-    )
+    precision: str = option("fp32", "arithmetic of the networks", choices=("fp32", "bf16", "fp16"))
     seed: int = option(0, "everything random is a function of this and the sample's position")
     save_interval: int = option(10_000, "steps between checkpoints")
     sample_interval: int = option(10_000, "steps between reconstruction grids (0: none)")

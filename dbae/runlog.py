@@ -124,12 +124,12 @@ def _service(logger: str, folder: Path, config: Mapping[str, Any]) -> Any:
         if logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            writer = SummaryWriter(str(folder / "tensorboard"))
 
             def log(values: dict[str, float], step: int) -> None:
                 for name, value in values.items():
-                    writer.add_scalar(f"train/{name}", value, step)  # type: ignore[no-untyped-call]
-                writer.flush()  # type: ignore[no-untyped-call]
+                    writer.add_scalar(f"train/{name}", value, step)
+                writer.flush()
 
             return log
         import wandb

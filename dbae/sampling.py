@@ -7,8 +7,8 @@ A sampler is a time grid and an update rule, chosen apart and listed in two tabl
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from .errors import UserError
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t (N, …), t (N,)) → estimate of x_0
 
 
-class Step(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Step:
     """What a callback is told after each step."""
 
     index: int  # 0 … steps − 1
@@ -151,7 +152,7 @@ def sample(
 
     rule = RULES[sampler]
     times = GRIDS["karras"](bridge, steps, rho)
-    churned = [t + churn * (t_next - t) for t, t_next in zip(times, times[1:], strict=False)]
+    churned = [t + churn * (t_next - t) for t, t_next in itertools.pairwise(times)]
     ode = ReverseField(denoise, x_T, bridge, [*times[1:-1], *churned], guidance, clip)
     sde = ReverseField(denoise, x_T, bridge, times[:-1], guidance, clip, sde=True)
     diffusion = bridge.diffusion_squared(torch.tensor(times, dtype=torch.float64)).sqrt().tolist()

@@ -79,9 +79,7 @@ class Trainer:
         self.model = DBAE(model_config).to(self.device)
         self.ema = Ema(self.model, config.ema_rate)
         self.optimizer = torch.optim.RAdam(self.model.parameters(), lr=config.lr)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=config.precision == "fp16"
-        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step = self.position = self.replaced = 0
         self.global_batch = config.batch_size * context.world_size
         self.describe = {
@@ -208,7 +206,8 @@ class Trainer:
         """Gradients are averaged over ranks with the last micro-batch only."""
         if now or self.context.world_size == 1:
             return contextlib.nullcontext()
-        return self.wrapped.no_sync()  # type: ignore[no-any-return]
+        no_sync: contextlib.AbstractContextManager[None] = self.wrapped.no_sync()
+        return no_sync
 
     # Output -------------------------------------------------------------------------------
 
@@ -288,7 +287,7 @@ class Trainer:
             for model in (self.model, self.ema.shadow):
                 checkpoint.load_weights(model, path)
             return f"starting from the weights of {path} (no training state beside it)"
-        problems = []
+        problems: list[str] = []
         for step in checkpoint.resumable_steps(self.folder):
             try:
                 return " ".join([*problems, self._load(self.folder, step)])
@@ -326,7 +325,9 @@ class Trainer:
         if path.exists() and self.step:
             earlier = json.loads(path.read_text())["model"]
             ours = json.loads(json.dumps(self.describe["model"]))
-            changed = [f"{k} {earlier.get(k)} → {v}" for k, v in ours.items() if earlier.get(k) != v]
+            changed = [
+                f"{k} {earlier.get(k)} → {v}" for k, v in ours.items() if earlier.get(k) != v
+            ]
             if changed:
                 raise UserError(
                     f"{self.folder} holds a run of another model ({'; '.join(changed)}); "

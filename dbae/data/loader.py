@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .datasets import ImageDataset, user_error_from_worker
+from .datasets import ImageDataset, Item, user_error_from_worker
 from .order import RankBatches
 
 
@@ -50,5 +50,5 @@ def load_batches(
         raise mistake from error
 
 
-def _collate(items: list) -> Batch:  # type: ignore[type-arg]
+def _collate(items: list[Item]) -> Batch:
     return Batch(torch.stack([i.image for i in items]), sum(i.replaced for i in items))

@@ -1,0 +1,258 @@
+# shellcheck shell=bash
+# What the launchers (train_dbae.sh, recon_dbae.sh, …) share; they source this file.
+#
+# `launch ENTRY ARGUMENT…` replaces the shell by the Python entry, in as many processes as there
+# are GPUs to use (NUM_GPUS in args.sh):
+#   one            plain python
+#   several        mpiexec where there is one and mpi4py works, else torchrun
+#   several nodes  torchrun on each:
+#                      NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 bash train_dbae.sh ffhq vp   # on host0
+#                      NNODES=2 NODE_RANK=1 MASTER_ADDR=host0 bash train_dbae.sh ffhq vp   # on host1
+#                  (MASTER_PORT, default 29500), or one process per GPU from SLURM or mpiexec,
+#                  inside which the launcher only starts python:
+#                      srun --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 bash train_dbae.sh ffhq vp
+#                      mpiexec -n 8 --hostfile hosts bash train_dbae.sh ffhq vp
+# Environment:
+#   LAUNCHER=torchrun|mpiexec|none  choose instead (none: one process)
+#   NPROC=n                         n CPU processes, GPUs unused (to try several processes)
+#   DRY_RUN=1                       print the command instead of running it
+
+# shellcheck source=args.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../args.sh"
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# usage_error MESSAGE: a wrong command line; the launcher has set USAGE to its one-line synopsis.
+usage_error() {
+    printf 'error: %s\nusage: %s\n' "$1" "$USAGE" >&2
+    exit 2
+}
+
+# take_positional ARGUMENT…: sets POSITIONAL to the words before the first that starts with "-".
+take_positional() {
+    POSITIONAL=()
+    while (($#)) && [[ "$1" != -* ]]; do
+        POSITIONAL+=("$1")
+        shift
+    done
+}
+
+# has_flag NAME ARGUMENT…: is --NAME or --NAME=… among the arguments?
+has_flag() {
+    local name="--$1" argument
+    shift
+    for argument; do
+        case "$argument" in
+            "$name" | "$name"=*) return 0 ;;
+        esac
+    done
+    return 1
+}
+
+# wants_help ARGUMENT…
+wants_help() {
+    local argument
+    for argument; do
+        case "$argument" in
+            -h | --help) return 0 ;;
+        esac
+    done
+    return 1
+}
+
+# print_help ENTRY: the launcher's synopsis and details (USAGE, DETAILS), then the entry's flags.
+print_help() {
+    printf 'usage: %s\n%s\n\nFlags:\n' "$USAGE" "$DETAILS"
+    require_python
+    export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+    exec "$PYTHON" "$REPO/$1" --help
+}
+
+# one_of NAME WORD ALLOWED…: complain unless WORD is one of the allowed.
+one_of() {
+    local name="$1" word="$2" allowed
+    shift 2
+    for allowed; do
+        [[ "$word" != "$allowed" ]] || return 0
+    done
+    usage_error "$name is '$word'; it must be one of: $*"
+}
+
+# number NAME WORD: complain unless WORD is a number that is not negative.
+number() {
+    [[ "$2" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] ||
+        usage_error "$1 is '$2'; it must be a number"
+}
+
+# positive_integer NAME WORD
+positive_integer() {
+    [[ "$2" =~ ^0*[1-9][0-9]*$ ]] || usage_error "$1 is '$2'; it must be an integer of at least 1"
+}
+
+# shellcheck disable=SC2034  # the launchers read it
+SCHEDULES=(vp ve vp_simple ve_simple)
+
+# data_root DATASET: its folder as args.sh says; nothing for data sets without one (demo, folder).
+data_root() {
+    case "$1" in
+        ffhq) printf '%s' "$FFHQ_DIR" ;;
+        celebahq) printf '%s' "$CELEBAHQ_DIR" ;;
+        celeba) printf '%s' "$CELEBA_DIR" ;;
+        bedroom) printf '%s' "$BEDROOM_DIR" ;;
+        horse) printf '%s' "$HORSE_DIR" ;;
+        lfw) printf '%s' "$LFW_DIR" ;;
+    esac
+}
+
+# --- How many processes, started by what ---------------------------------------------------------
+
+# Did torchrun, mpiexec (Open MPI, MPICH) or an srun step of several tasks start this shell?
+inside_launcher() {
+    [[ -n "${RANK:-}" && -n "${WORLD_SIZE:-}" ]] && return 0
+    [[ -n "${OMPI_COMM_WORLD_SIZE:-}" ]] && return 0
+    [[ -n "${PMI_SIZE:-}" && -n "${MPI_LOCALRANKID:-}" ]] && return 0
+    [[ -n "${SLURM_STEP_ID:-}" && "${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}}" != 1 ]]
+}
+
+visible_gpus() {
+    local devices count=0
+    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        IFS=', ' read -r -a devices <<<"$CUDA_VISIBLE_DEVICES"
+        [[ "${devices[0]-}" == -* ]] || count="${#devices[@]}"
+    elif command -v nvidia-smi >/dev/null; then
+        count="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" || count=0
+    fi
+    printf '%s' "$count"
+}
+
+# For machines without nvidia-smi; it takes seconds, so it is asked only before an error.
+torch_gpus() {
+    local count
+    count="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)" || count=0
+    [[ "$count" =~ ^[0-9]+$ ]] || count=0
+    printf '%s' "$count"
+}
+
+# Sets PROCESSES: how many this machine gets.
+count_processes() {
+    local have
+    PROCESSES=1
+    if [[ -n "${NPROC:-}" ]]; then
+        [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$NPROC'; it must be an integer of at least 1"
+        PROCESSES="$NPROC"
+        export CUDA_VISIBLE_DEVICES=""
+    elif [[ "$NUM_GPUS" == auto ]]; then
+        have="$(visible_gpus)"
+        if ((have > 1)); then PROCESSES="$have"; fi
+    elif [[ ! "$NUM_GPUS" =~ ^(0|[1-9][0-9]*)$ ]]; then
+        die "NUM_GPUS is '$NUM_GPUS'; it must be auto or an integer"
+    elif ((NUM_GPUS == 0)); then
+        export CUDA_VISIBLE_DEVICES=""
+    else
+        have="$(visible_gpus)"
+        if ((have < NUM_GPUS)); then have="$(torch_gpus)"; fi
+        ((have >= NUM_GPUS)) ||
+            die "NUM_GPUS is $NUM_GPUS, but GPUs on this machine: $have (NUM_GPUS=auto takes what there is)"
+        PROCESSES="$NUM_GPUS"
+    fi
+}
+
+# Sets MPIEXEC. The one beside our Python goes first: mpi4py prefers the library that came with it.
+find_mpiexec() {
+    local python
+    python="$(command -v "$PYTHON")"
+    MPIEXEC="$(dirname -- "$python")/mpiexec"
+    [[ -x "$MPIEXEC" ]] || MPIEXEC="$(command -v mpiexec)"
+}
+
+mpi4py_works() {
+    "$PYTHON" -c 'import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI' >/dev/null 2>&1
+}
+
+# Sets COMMAND: mpiexec and its options.
+mpiexec_command() {
+    COMMAND=("$MPIEXEC" -n "$PROCESSES")
+    local version
+    version="$("$MPIEXEC" --version 2>&1)" || true
+    case "$version" in
+        *"Open MPI"* | *OpenRTE*)
+            # It would pin each process, data-loading workers included, to one core, and counts
+            # cores where we count GPUs.
+            COMMAND+=(--bind-to none --oversubscribe)
+            if ((EUID == 0)); then COMMAND+=(--allow-run-as-root); fi
+            ;;
+    esac
+    COMMAND+=("$PYTHON")
+}
+
+# Sets COMMAND: torchrun for this machine, or for this one of several.
+torchrun_command() {
+    COMMAND=("$PYTHON" -m torch.distributed.run --nproc_per_node "$PROCESSES")
+    if ((NNODES == 1)); then
+        COMMAND+=(--standalone)
+        return
+    fi
+    [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] ||
+        die "NNODES=$NNODES needs NODE_RANK (0 … $((NNODES - 1))) and MASTER_ADDR (the host of node 0)"
+    if [[ ! "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ ]] || ((NODE_RANK >= NNODES)); then
+        die "NODE_RANK is '$NODE_RANK'; with NNODES=$NNODES it must lie in 0 … $((NNODES - 1))"
+    fi
+    COMMAND+=(--nnodes "$NNODES" --node_rank "$NODE_RANK"
+        --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+}
+
+# Sets COMMAND to what goes before the Python entry.
+choose_command() {
+    [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || die "NNODES is '$NNODES'; it must be an integer of at least 1"
+    COMMAND=("$PYTHON")
+    if [[ -z "${LAUNCHER:-}" ]] && inside_launcher; then return; fi
+    count_processes
+    if ((PROCESSES > 1)) && [[ -z "${OMP_NUM_THREADS:-}" ]]; then
+        local share=$(($(getconf _NPROCESSORS_ONLN) / PROCESSES))
+        export OMP_NUM_THREADS=$((share > 1 ? share : 1))
+    fi
+    case "${LAUNCHER:-}" in
+        none) ;;
+        torchrun) torchrun_command ;;
+        mpiexec)
+            ((NNODES == 1)) || die "LAUNCHER=mpiexec is for one node; see scripts/launch.sh for several"
+            find_mpiexec || die "LAUNCHER=mpiexec, but there is no mpiexec"
+            mpi4py_works || die "LAUNCHER=mpiexec, but mpi4py finds no MPI library ($PYTHON)"
+            mpiexec_command
+            ;;
+        "")
+            if ((NNODES > 1)); then
+                torchrun_command
+            elif ((PROCESSES > 1)); then
+                if find_mpiexec && mpi4py_works; then mpiexec_command; else torchrun_command; fi
+            fi
+            ;;
+        *) die "LAUNCHER is '$LAUNCHER'; it must be one of: torchrun mpiexec none" ;;
+    esac
+}
+
+require_python() {
+    command -v "$PYTHON" >/dev/null ||
+        die "there is no Python at '$PYTHON' (PYTHON in args.sh); run quickstart.sh to install one"
+    "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' ||
+        die "$PYTHON has no torch; run 'bash $REPO/scripts/setup_env.sh', or set PYTHON"
+}
+
+# launch ENTRY ARGUMENT…: see above. ENTRY is relative to the repository.
+launch() {
+    local entry="$REPO/$1"
+    shift
+    require_python
+    choose_command
+    COMMAND+=("$entry" "$@")
+    if [[ "${DRY_RUN:-0}" == 1 ]]; then
+        printf '%q ' "${COMMAND[@]}"
+        printf '\n'
+        return
+    fi
+    export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+    exec "${COMMAND[@]}"
+}
