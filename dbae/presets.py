@@ -137,8 +137,9 @@ class DataPreset:
     source: str  # "files": folder, zip or LMDB at data_dir; "demo": drawn on the fly
     crop: tuple[int, int, int, int] | None = None  # top, left, height, width, before the resize
     fit: str = "stretch"  # resize to (s, s); "center": cut the centred square first
-    splits: dict[str, tuple[int, int]] | None = None  # name → first and past-the-last index
-    # None: "all" is everything; train/valid/test are hashed from file names or identities
+    # Name → first and past-the-last index. A set with "train" alone is used whole. None: the
+    # source's own folders, or a division by hash (see `dbae.data.open_dataset`).
+    splits: dict[str, tuple[int, int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +153,12 @@ class Preset:
 
 _128 = ModelConfig(image_size=128, num_channels=128)
 _64 = ModelConfig(image_size=64, num_channels=64)
-_WHOLE = DataPreset("files")
 
 PRESETS: dict[str, Preset] = {
-    "ffhq": Preset(_WHOLE, _128, {"split": "all"}),
-    "celebahq": Preset(_WHOLE, _128, {"split": "all"}),
-    "bedroom": Preset(_WHOLE, _128, {"split": "all"}),
-    "horse": Preset(_WHOLE, _128, {"split": "all"}),
+    "ffhq": Preset(DataPreset("files", splits={"train": (0, 70_000)}), _128, {}),
+    "celebahq": Preset(DataPreset("files", splits={"train": (0, 30_000)}), _128, {}),
+    "bedroom": Preset(DataPreset("files", splits={"train": (0, 3_033_042)}), _128, {}),
+    "horse": Preset(DataPreset("files", splits={"train": (0, 2_000_340)}), _128, {}),
     "celeba": Preset(
         DataPreset(
             "files",
@@ -172,11 +172,11 @@ PRESETS: dict[str, Preset] = {
     "demo": Preset(
         DataPreset("demo", splits={"train": (0, 50_000), "test": (50_000, 55_000)}),
         ModelConfig(
-            image_size=32, num_channels=32, latent_dim=32, endpoint_channels=16, num_res_blocks=1,
+            image_size=32, num_channels=32, latent_dim=24, endpoint_channels=16, num_res_blocks=1,
             attention_resolutions=(8,), dropout=0.0, stochastic=False,
         ),
-        {"batch_size": 32, "lr": 1e-3, "max_steps": 300, "save_interval": 100,
-         "sample_interval": 100, "log_interval": 10, "flip": False},
+        {"batch_size": 8, "lr": 2e-3, "max_steps": 1200, "save_interval": 400,
+         "sample_interval": 400, "log_interval": 50, "flip": False},
     ),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ class Trainer:
         size = model_config.image_size
         source = (config.dataset, config.data_dir, size)
         self.dataset = open_dataset(*source, config.split, config.bad_images)
+        self.pictures = self.dataset
+        if config.split == "train":
+            with contextlib.suppress(UserError):  # a set may have no part that is held out
+                self.pictures = open_dataset(*source, "test", config.bad_images)
         self.folder = Path(config.workdir) / experiment_name(config.dataset, model_config)
 
         torch.manual_seed(fold(config.seed, "initial weights"))
@@ -105,6 +110,8 @@ class Trainer:
         if context.world_size > 1:
             # Batch norm uses each rank's own micro-batch (SPEC section 4), so buffers stay local;
             # rank 0's are saved. Spectral norm's vectors follow the weights, alike on all ranks.
+            # oneDNN's gradients of 1×1 convolutions have other, equivalent strides: no news.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
             self.wrapped = DistributedDataParallel(
                 self.model,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
@@ -232,12 +239,8 @@ class Trainer:
         if not self.context.is_main:
             return
         self.log.pause()
-        dataset = self.dataset
-        if self.config.split == "train":  # then there is a part that training never sees
-            size, bad = self.model.config.image_size, self.config.bad_images
-            dataset = open_dataset(self.config.dataset, self.config.data_dir, size, "test", bad)
-        count = min(_GRID_IMAGES, len(dataset))
-        originals = torch.stack([dataset[i].image for i in range(count)])
+        count = min(_GRID_IMAGES, len(self.pictures))
+        originals = torch.stack([self.pictures[i].image for i in range(count)])
         model = self.ema.shadow
         with torch.no_grad():
             z = model.encode(to_model_range(originals).to(self.device), mean=True)

@@ -180,7 +180,7 @@ def test_log_lines_can_be_searched_and_grids_are_drawn(tmp_path: Path) -> None:
 
 
 def test_draws_depend_on_the_position_only(tmp_path: Path) -> None:
-    model = ModelConfig(32, 32, 6, True, 4, 1, (), 0.0)
+    model = ModelConfig(32, latent_dim=6, num_channels=32, num_res_blocks=1, endpoint_channels=4)
     config = TrainConfig(workdir=str(tmp_path), max_steps=1)
     trainer = Trainer(model, config, Context())
     images = torch.rand(6, 3, 32, 32)

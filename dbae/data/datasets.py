@@ -266,6 +266,8 @@ def _ranges(
     length: int, declared: dict[str, tuple[int, int]]
 ) -> tuple[dict[str, range], list[str]]:
     """The declared index ranges; for a source of another length, the same proportions of it."""
+    if len(declared) == 1:  # one split, which is everything
+        return {name: range(length) for name in declared}, []
     total = max(stop for _, stop in declared.values())
     if length == total:
         return {name: range(*bounds) for name, bounds in declared.items()}, []
