@@ -1,4 +1,4 @@
-"""The encoder: image → z (DiffAE's half UNet without time; SPEC section 3)."""
+"""The encoder: image → z (DiffAE's half UNet without time; as published)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The endpoint decoder: z → x_T (FastGAN's generator, arXiv 2101.04775; SPEC section 3)."""
+"""The endpoint decoder: z → x_T (FastGAN's generator, arXiv 2101.04775; as published)."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class DBAE(nn.Module):
     # The bridge ---------------------------------------------------------------------------
 
     def denoise(self, x_t: Tensor, t: Tensor, z: Tensor, x_T: Tensor) -> Tensor:
-        """D(x_t, t, z, x_T), the estimate of x_0, unclamped (SPEC section 2; DDBM eq. 11).
+        """D(x_t, t, z, x_T), the estimate of x_0, unclamped (DDBM eq. 11).
 
         x_t, x_T: (N, 3, S, S); t: (N,) in [t_min, T]; z: (N, latent_dim).
         """

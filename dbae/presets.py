@@ -132,7 +132,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataPreset:
-    """How the images of a data set are found, cut and split (transforms of SPEC section 5)."""
+    """How the images of a data set are found, cut and split."""
 
     source: str  # "files": folder, zip or LMDB at data_dir; "demo": drawn on the fly
     crop: tuple[int, int, int, int] | None = None  # top, left, height, width, before the resize

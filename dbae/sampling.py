@@ -117,7 +117,7 @@ def sample(
     return_path: bool = False,
     callback: Callable[[Step], None] | None = None,
 ) -> Samples:
-    """Follow the reverse bridge from x_T to an image (DDBM algorithm 1; SPEC section 2).
+    """Follow the reverse bridge from x_T to an image (DDBM algorithm 1).
 
     Args:
         denoise: (x_t, t) → estimate of x_0; x_t like x_T, t (N,) float64.

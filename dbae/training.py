@@ -39,7 +39,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def experiment_name(dataset: str, model: ModelConfig) -> str:
-    """EXP of SPEC section 6: `{dataset}{size}_{C}_{latent}d_{STO}_{schedule}`."""
+    """A run's folder name, `{dataset}{size}_{C}_{latent}d_{STO}_{schedule}`."""
     return (
         f"{dataset}{model.image_size}_{model.num_channels}_{model.latent_dim}d_"
         f"{str(model.stochastic).lower()}_{model.schedule}"
@@ -108,8 +108,9 @@ class Trainer:
             self._introduce(resumed)
         self.wrapped: Any = self.model
         if context.world_size > 1:
-            # Batch norm uses each rank's own micro-batch (SPEC section 4), so buffers stay local;
-            # rank 0's are saved. Spectral norm's vectors follow the weights, alike on all ranks.
+            # Batch norm uses each rank's own micro-batch, as in the published training: buffers
+            # stay local, and rank 0's are saved. Spectral norm's vectors follow the weights, which
+            # are alike on all ranks.
             # oneDNN's gradients of 1×1 convolutions have other, equivalent strides: no news.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
             self.wrapped = DistributedDataParallel(

@@ -203,7 +203,7 @@ def test_an_error_stays_on_one_line_even_if_the_name_does_not() -> None:
     assert "two lines.png" in one_line(error)
 
 
-# Cutting and resizing (SPEC section 5)
+# Cutting and resizing (as DiffAE and the published DBAE do)
 
 
 def test_stretch_is_pillows_antialiased_bilinear_resize() -> None:

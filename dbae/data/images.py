@@ -1,4 +1,4 @@
-"""Bytes ↔ pixels ↔ the model's range: the one place for these conversions (SPEC section 5).
+"""Bytes ↔ pixels ↔ the model's range: the one place for these conversions.
 
 Pixels are uint8 tensors, channels first; the networks see float32 in [-1, 1].
 """

@@ -1,4 +1,4 @@
-"""How far two 8-bit images are apart: MSE, SSIM, LPIPS (SPEC section 7), one figure per image.
+"""How far two 8-bit images are apart: MSE, SSIM, LPIPS, one figure per image.
 
 All functions take uint8 tensors of shape (N, 3, H, W) and return (N,). MSE and SSIM work in
 float64 on values scaled to [0, 1]; LPIPS in float32 on [-1, 1].
@@ -66,7 +66,7 @@ def reference_ssim(a: Tensor, b: Tensor) -> Tensor:
     The rows of the image become "channels", and the 11×11 window runs over (width, colour): zero
     padding included, it sees a W×3 picture whose columns are R, G, B. Everything else is as in
     `ssim`. The figures come out too high and compare with nothing but the published ones. This
-    follows SPEC's description of the script; the script itself was not run to confirm it.
+    follows a description of the script; the script itself was not run to confirm it.
 
     a, b: uint8 (N, 3, H, W) as everywhere here. Returns float64 (N,).
     """
@@ -78,9 +78,9 @@ def floor_uint8(x: Tensor) -> Tensor:
     """[-1, 1] → uint8 by cutting (x + 1)·127.5 down to an integer, as the published script does.
 
     The right conversion rounds (`dbae.data.to_uint8`). An 8-bit image taken to [-1, 1] in float32
-    and back by this one loses a level at 63 of the 256 values. SPEC states the reals' conversion
-    as x·255 for x in [0, 1]; we read x as (the network's input + 1)/2, since only then do those 63
-    levels move.
+    and back by this one loses a level at 63 of the 256 values. The published script is said to
+    convert the originals as x·255 for x in [0, 1]; we read x as (the network's input + 1)/2, since
+    only then do those 63 levels move.
 
     x: (N, 3, H, W), clamped to [-1, 1] here. Same shape back.
     """

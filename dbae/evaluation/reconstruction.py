@@ -1,4 +1,4 @@
-"""Reconstruct a data set: image → z → x_T → sampler → image, and score it (SPEC section 7)."""
+"""Reconstruct a data set: image → z → x_T → sampler → image, and score it."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def _batch(
     real_path, fake_path = results.part_paths(folder, rank, number)
     results.write_samples(real_path, real)
     results.write_samples(fake_path, fake)
-    one = context.world_size == 1  # SPEC's name; ranks' files bear the rank
+    one = context.world_size == 1  # the published name; ranks' files bear the rank
     start_name = f"x_T_sample_{number}.png" if one else f"{rank}_x_T_sample_{number}.png"
     for name, batch in (
         (f"{rank}_sample_{number}.png", fake),

@@ -1,4 +1,4 @@
-"""A folder of reconstructions: its file names, its scores and its table (SPEC sections 6 and 7).
+"""A folder of reconstructions: its file names, its scores and its table.
 
 Batch i, done by rank r, has the files `{r}_real_sample_{i}.npz` and `{r}_fake_sample_{i}.npz`
 (array `samples`, uint8 NHWC) and the grids `{r}_x_{i}.png`, `{r}_sample_{i}.png` and
