@@ -52,8 +52,9 @@ class Trainer:
     Args:
         model_config, config: what to train, and how.
         context: this process among the others.
-        resume: a checkpoint to start from instead of the newest in the run's folder. One
-            without a training state beside it (a released file) gives its weights only.
+        resume: a checkpoint to start from. One without a training state beside it (a released
+            file) gives its weights only. When the run's folder already has checkpoints, one from
+            elsewhere was that run's start, and the run goes on from its own newest.
         command: recorded in config.json.
 
     Raises:
@@ -267,7 +268,6 @@ class Trainer:
             "step": self.step,
             "position": self.position,
             "replaced": self.replaced,
-            "seed": self.config.seed,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "config": json.dumps(self.describe),
@@ -284,15 +284,18 @@ class Trainer:
 
     def _resume(self, resume: str | None) -> str:
         """Load what there is to continue from; says in words what that was."""
-        if resume is not None:
-            path = checkpoint.newest_weights(Path(resume))
+        own = checkpoint.resumable_steps(self.folder)
+        if own:
+            self._require_same_run()
+        path = checkpoint.newest_weights(Path(resume)) if resume is not None else None
+        if path is not None and (not own or path.parent.resolve() == self.folder.resolve()):
             if checkpoint.state_path(path.parent, checkpoint.step_of(path)).is_file():
                 return self._load(path.parent, checkpoint.step_of(path))
             for model in (self.model, self.ema.shadow):
                 checkpoint.load_weights(model, path)
             return f"starting from the weights of {path} (no training state beside it)"
         problems: list[str] = []
-        for step in checkpoint.resumable_steps(self.folder):
+        for step in own:
             try:
                 return " ".join([*problems, self._load(self.folder, step)])
             except UserError as error:
@@ -300,6 +303,24 @@ class Trainer:
         if problems:
             raise UserError(f"no checkpoint in {self.folder} can be resumed: {' '.join(problems)}")
         return "starting from new weights"
+
+    def _require_same_run(self) -> None:
+        """Refuse to go on with a run of another model or seed, as config.json tells."""
+        path = self.folder / "config.json"
+        try:
+            stored = json.loads(path.read_text())
+            earlier = {**stored["model"], "seed": stored["train"]["seed"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, which tells how to resume, is unreadable ({error})"
+            ) from error
+        ours = json.loads(json.dumps({**self.describe["model"], "seed": self.config.seed}))
+        changed = [f"{k} {earlier.get(k)} → {v}" for k, v in ours.items() if earlier.get(k) != v]
+        if changed:
+            raise UserError(
+                f"{self.folder} holds another run ({'; '.join(changed)}); "
+                "use the same flags, or another --workdir"
+            )
 
     def _load(self, folder: Path, step: int) -> str:
         averaged = sorted(folder.glob(f"ema_*_{step:06d}.pt"))
@@ -316,33 +337,18 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.position = state["step"], state["position"]
         self.replaced = state["replaced"] if self.context.is_main else 0
-        if state["seed"] != self.config.seed:
-            raise UserError(
-                f"{folder} was trained with --seed {state['seed']}, not {self.config.seed}; "
-                "use that seed, or another --workdir"
-            )
         return f"resuming from step {step} in {folder}"
 
     def _open_folder(self) -> None:
-        """Make the run's folder and config.json; an earlier run's must be of the same model."""
-        path = self.folder / "config.json"
-        if path.exists() and self.step:
-            earlier = json.loads(path.read_text())["model"]
-            ours = json.loads(json.dumps(self.describe["model"]))
-            changed = [
-                f"{k} {earlier.get(k)} → {v}" for k, v in ours.items() if earlier.get(k) != v
-            ]
-            if changed:
-                raise UserError(
-                    f"{self.folder} holds a run of another model ({'; '.join(changed)}); "
-                    "use the same flags, or another --workdir"
-                )
+        """Make the run's folder and write its config.json."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {self.folder}: {error.strerror}") from error
         checkpoint.require_space(self.folder, self._checkpoint_bytes())
-        checkpoint.write_text(path, json.dumps(self.describe, indent=2) + "\n")
+        checkpoint.write_text(
+            self.folder / "config.json", json.dumps(self.describe, indent=2) + "\n"
+        )
 
     def _introduce(self, resumed: str) -> None:
         config, data = self.config, self.dataset

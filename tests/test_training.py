@@ -257,6 +257,8 @@ def test_a_released_checkpoint_gives_its_weights_to_a_new_run(tmp_path: Path) ->
     done = train(tmp_path / "new", "--max_steps=1", f"--resume={source}")
     assert f"starting from the weights of {source} (no training state beside it)" in done.stdout
     trained = tensors(tmp_path / "new" / RUN / "model_000001.pt")
+    again = train(tmp_path / "new", "--max_steps=2", f"--resume={source}")
+    assert f"resuming from step 1 in {tmp_path / 'new' / RUN}" in again.stdout
     moved = (trained["/label_emb.weight"] - donor.unet.label_emb.weight).abs().max()
     assert 0 <= float(moved) < 0.01
 
@@ -319,9 +321,9 @@ def test_mistakes_are_one_line_and_write_nothing(
 def test_another_model_or_seed_in_the_same_folder_is_refused(uninterrupted: Path) -> None:
     before = (uninterrupted / "config.json").read_text()
     for flag, message in (
-        ("--num_res_blocks=2", "does not fit this architecture"),
-        ("--end_data=0.3", "holds a run of another model (end_data 0.5 → 0.3)"),
-        ("--seed=5", "was trained with --seed 0, not 5"),
+        ("--num_res_blocks=2", "holds another run (num_res_blocks 1 → 2); use the same flags"),
+        ("--end_data=0.3", "holds another run (end_data 0.5 → 0.3)"),
+        ("--seed=5", "holds another run (seed 0 → 5)"),
     ):
         done = train(uninterrupted.parent, "--max_steps=9", flag, check=False)
         assert done.returncode == 2 and message in done.stderr, done.stderr
