@@ -34,11 +34,11 @@ newest_model() {
     printf '%s' "$best"
 }
 
-# reconstruct MODEL [FLAG…]: 256 unseen images with 20 Euler steps, beside two simple baselines.
+# reconstruct MODEL [FLAG…]: 256 unseen images with 10 Euler steps, beside two simple baselines.
 reconstruct() {
     local model="$1"
     shift
-    bash "$REPO/recon_dbae.sh" demo vp "$model" 0 1 test 7 euler 20 false \
+    bash "$REPO/recon_dbae.sh" demo vp "$model" 0 1 test 7 euler 10 false \
         --num_samples 256 --baselines true "$@"
 }
 

@@ -11,7 +11,7 @@ from .layers import Attention, GroupNorm, ResBlock, Stage
 
 # Channel multipliers by image size. All end on a 4×4 map; 64 and 128 are the published ones.
 ENCODER_MULTIPLIERS = {
-    32: (1, 2, 2, 2),
+    32: (1, 2, 4, 4),
     64: (1, 2, 4, 8, 8),
     128: (1, 1, 2, 3, 4, 4),
     256: (1, 1, 2, 2, 4, 4, 4),
