@@ -231,7 +231,10 @@ def _word(value: Any) -> str:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name only when it was written whole and is on the disk."""
+    """A file that appears under its name only when it was written whole and is on the disk.
+
+    A failure to write raises UserError; an earlier file of that name is kept then.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -244,6 +247,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(directory)
         finally:
             os.close(directory)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
+            reason = "the disk is full"
+        raise UserError(f"cannot write {path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

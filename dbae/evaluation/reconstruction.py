@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .. import random
-from ..checkpoint import newest_weights, step_of
+from ..checkpoint import atomic_file, newest_weights, step_of
 from ..cli import option
 from ..data.images import image_grid, to_model_range, to_uint8
 from ..distributed import Context
@@ -406,10 +406,8 @@ def _sha256(path: Path) -> str:
 
 
 def _write_png(path: Path, picture: Image.Image) -> None:
-    def write(file: IO[bytes]) -> None:
+    with atomic_file(path) as file:
         picture.save(file, format="PNG")
-
-    results.write_atomic(path, write)
 
 
 def _write_comparison(path: Path, batches: Sequence[_Batch]) -> None:

@@ -13,16 +13,16 @@ import os
 import platform
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import atomic_file
+from ..checkpoint import atomic_file, write_text
 from ..errors import UserError
 from .metrics import Lpips, mse, reference_mse, reference_ssim, ssim, summary
 
@@ -52,19 +52,11 @@ def part_paths(folder: Path, rank: int, batch: int) -> tuple[Path, Path]:
     )
 
 
-def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file that appears whole or not at all; UserError where that fails."""
-    try:
-        with atomic_file(path) as file:
-            write(file)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def write_samples(path: Path, images: Tensor) -> None:
     """uint8 (N, 3, H, W) → npz with the array `samples`, NHWC."""
     array = images.permute(0, 2, 3, 1).contiguous().numpy()
-    write_atomic(path, lambda file: np.savez(file, samples=array))
+    with atomic_file(path) as file:
+        np.savez(file, samples=array)
 
 
 def read_samples(path: Path) -> Tensor:
@@ -93,16 +85,14 @@ def merge(folder: Path, parts: Sequence[Path], nfe: int) -> Path:
     target = folder / f"samples_{'x'.join(map(str, shape))}_nfe{nfe}.npz"
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
 
-    def write(file: IO[bytes]) -> None:
-        with (
-            zipfile.ZipFile(file, "w") as archive,
-            archive.open("arr_0.npy", "w", force_zip64=True) as entry,
-        ):
-            np.lib.format.write_array_header_1_0(entry, header)
-            for part in parts:
-                entry.write(read_samples(part).permute(0, 2, 3, 1).contiguous().numpy().data)
-
-    write_atomic(target, write)
+    with (
+        atomic_file(target) as file,
+        zipfile.ZipFile(file, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as entry,
+    ):
+        np.lib.format.write_array_header_1_0(entry, header)
+        for part in parts:
+            entry.write(read_samples(part).permute(0, 2, 3, 1).contiguous().numpy().data)
     return target
 
 
@@ -263,8 +253,7 @@ def versions() -> dict[str, str | None]:
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     """metrics.json; NaN and infinity are not JSON and raise ValueError."""
     # ASCII, since file names that are not valid UTF-8 could not be encoded otherwise
-    text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
-    write_atomic(folder / METRICS_FILE, lambda file: file.write(text.encode("ascii")))
+    write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
 
 
 def rescore(folder: Path, scorer: Scorer, batch_size: int) -> dict[str, Any]:
