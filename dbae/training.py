@@ -94,7 +94,9 @@ class Trainer:
             "data": self.dataset.describe(),
             "environment": {
                 "world_size": context.world_size,
-                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+                "device": torch.cuda.get_device_name()
+                if self.device.type == "cuda"
+                else self.device.type,
                 "python": platform.python_version(),
                 "torch": str(torch.__version__),
                 "command": command,
@@ -162,8 +164,9 @@ class Trainer:
             part = slice(start, start + config.microbatch)
             x0, t, noise, latent_noise = self._draw(images[part], positions[part])
             torch.manual_seed(fold(config.seed, "dropout", positions[start]))
-            with self._gradient_sync(start == starts[-1]), self._autocast():
-                terms = self.wrapped(x0, t, noise, latent_noise)
+            with self._gradient_sync(start == starts[-1]):
+                with self._autocast():
+                    terms = self.wrapped(x0, t, noise, latent_noise)
                 loss = terms["loss"].sum() / config.batch_size
                 self.scaler.scale(loss).backward()
             sums.add_terms(terms)
