@@ -11,10 +11,14 @@ RUNS="$WORKDIR/quickstart"
 RESULTS_SHIPPED="$WORKDIR/quickstart_shipped"
 MARK=.made-by-quickstart # only a folder with this file in it is ever removed
 
-# own_folder DIR: make DIR anew.
+# own_folder DIR: make DIR anew; what was there lies in DIR.before, until the next time.
 own_folder() {
     if [[ -e "$1" && ! -f "$1/$MARK" && -n "$(ls -A -- "$1")" ]]; then
         die "$1 is in the way and was not made by quickstart.sh: move it, or set WORKDIR"
+    fi
+    if [[ -f "$1/$MARK" && -n "$(find "$1" -name '*.png' -print -quit)" ]]; then
+        rm -rf -- "$1.before"
+        mv -- "$1" "$1.before"
     fi
     rm -rf -- "$1"
     mkdir -p -- "$1" || die "cannot make the folder $1; set WORKDIR to one that can be written"

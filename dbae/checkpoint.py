@@ -12,9 +12,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import pickle
 import re
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -113,22 +113,26 @@ def load_model(
     """
     path = newest_weights(Path(path))
     state, stored = read_weights(path)
-    config = ModelConfig.from_dict(stored) if stored else _infer_config(state, path, overrides)
+    if stored:
+        config = ModelConfig.from_dict(stored["model"])
+    else:
+        config = _infer_config(state, path, overrides)
     for name, value in overrides.items():
         if name not in {field.name for field in dataclasses.fields(ModelConfig)}:
             raise UserError(f"load_model: {name!r} is not a model option")
         if name not in _FREE_FIELDS and getattr(config, name) != value:
             raise UserError(
                 f"{path} was trained with {name}={_word(getattr(config, name))}, "
-                f"but {_word(value)} was asked for; leave it out or choose another checkpoint"
+                f"but {_word(value)} was asked for; ask for the former or choose another checkpoint"
             )
     model = DBAE(dataclasses.replace(config, **overrides))
     load_weights(model, state)
+    model.trained_on = (stored or {}).get("data")
     return model.to(device).eval()
 
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, Any] | None]:
-    """A weight file's tensors and the model configuration stored in or beside it, if any.
+    """A weight file's tensors and the run's configuration stored in or beside it, if any.
 
     Prefixes that wrappers leave (`module.`, `_orig_mod.`) are taken off. Nothing in the file is
     executed. Raises UserError where it is absent or is not a state dict.
@@ -139,8 +143,7 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, Any
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise UserError(f"{path} is not a checkpoint: expected a dict of tensors by name")
-    metadata = getattr(state, "_metadata", {}).get(_METADATA_KEY)
-    config = metadata["model"] if metadata else _config_beside(path)
+    config = getattr(state, "_metadata", {}).get(_METADATA_KEY) or _config_beside(path)
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): v for key, v in state.items()}
     return state, config
 
@@ -150,10 +153,14 @@ def load_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else "empty"
-        raise UserError(f"{path} is not a readable PyTorch checkpoint ({reason})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the very files that are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes make an unpickler raise anything
+        raise UserError(
+            f"{path} is not a readable PyTorch checkpoint of plain tensors "
+            f"({path.stat().st_size} bytes; {type(error).__name__})"
+        ) from error
 
 
 def newest_weights(path: Path) -> Path:
@@ -177,10 +184,11 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
     if not beside.is_file():
         return None
     try:
-        config = json.loads(beside.read_text())["model"]
+        config = dict(json.loads(beside.read_text()))
+        config["model"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{beside} is not a run's config.json ({error!r})") from error
-    return dict(config)
+    return config
 
 
 def _infer_config(state: StateDict, path: Path, overrides: dict[str, Any]) -> ModelConfig:
@@ -253,7 +261,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             reason = "the disk is full"
         raise UserError(f"cannot write {path}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

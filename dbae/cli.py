@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -20,13 +21,21 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any
 
 
 def parse_bool(text: str) -> bool:
-    """`true`/`false` in any case (also yes/no, 1/0) → bool; ValueError otherwise."""
+    """`true`/`false` in any case (also yes/no, 1/0) → bool; an argparse error otherwise."""
     word = text.lower()
     if word in ("true", "yes", "1"):
         return True
     if word in ("false", "no", "0"):
         return False
-    raise ValueError(f"{text!r} is not true or false")
+    raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+
+
+def _parse_integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        message = f"expected whole numbers separated by commas, found {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _converter(annotation: Any) -> Callable[[str], Any]:
@@ -37,7 +46,7 @@ def _converter(annotation: Any) -> Callable[[str], Any]:
     if annotation is bool:
         return parse_bool
     if typing.get_origin(annotation) is tuple:
-        return lambda text: tuple(int(part) for part in text.split(",") if part)
+        return _parse_integers
     return typing.cast(Callable[[str], Any], annotation)
 
 
@@ -67,7 +76,7 @@ def add_flags(
         if field.name in skip:
             continue
         convert = _converter(hints[field.name])
-        shown = defaults or field.default
+        shown = f"{defaults}, else {field.default}" if defaults else field.default
         keywords: dict[str, Any] = {}
         if convert is parse_bool:  # `--flag` alone means true
             keywords = {"nargs": "?", "const": True, "metavar": "true|false"}
@@ -89,16 +98,33 @@ def given(namespace: argparse.Namespace, config: type) -> dict[str, Any]:
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
-    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2.
+
+    So does what the operating system refuses (a full disk, a read-only folder), with exit code 1.
+    """
     try:
         code = main(None)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _complain(str(error))
         code = 2
     except BrokenPipeError:  # the reader of our output (head, less) went away
         sys.stderr.close()
+        code = 1
+    except OSError as error:
+        _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
+
+
+def _complain(message: str) -> None:
+    """Print one error line. Of several processes with the same mistake, only the first does."""
+    ranks = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    rank = next((os.environ[name] for name in ranks if name in os.environ), "0")
+    if rank != "0":
+        # Where rank 0 fails as well, its launcher ends this process meanwhile.
+        time.sleep(3)
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -26,7 +26,8 @@ T = TypeVar("T")
 class Context:
     """This process's place among all processes of the run.
 
-    `Context()` is a single CPU process. Every method is a collective: all ranks must call it.
+    `Context()` is a single CPU process. `barrier`, `gather_objects` and
+    `all_reduce_sum` are collectives: all ranks must call them.
     """
 
     rank: int = 0
@@ -60,10 +61,6 @@ class Context:
         total = tensor.detach().to(self.device, copy=True).contiguous()
         dist.all_reduce(total)
         return total.to(tensor.device)
-
-    def all_reduce_mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Mean over the ranks of every rank's tensor, as a new tensor on the input's device."""
-        return self.all_reduce_sum(tensor) / self.world_size
 
     def print(self, *args: object) -> None:
         """Print a line, on rank 0 only."""

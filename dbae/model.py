@@ -27,6 +27,8 @@ class DBAE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # What the weights' file says of its images (`ImageDataset.describe`); set when loaded.
+        self.trained_on: dict[str, Any] | None = None
         self.bridge = Bridge(
             schedule=config.schedule,
             sigma_data=config.sigma_data,
@@ -156,11 +158,17 @@ class DBAE(nn.Module):
     ) -> Tensor:
         """Encode, decode the endpoint and sample: (N, 3, S, S) → the same, in [−1, 1].
 
-        A stochastic encoder's mean is used unless `mean` is false. Other options as
-        `dbae.sample`. No retraining is needed for another sampler.
+        Done in eval mode, whatever the model's mode. A stochastic encoder's mean is used unless
+        `mean` is false. Other options as `dbae.sample`; no sampler needs another training.
         """
-        z = self.encode(x0, mean=mean, generator=generator)
-        return self.sample(z, sampler=sampler, steps=steps, generator=generator, **options).images
+        training = self.training
+        try:
+            self.eval()
+            z = self.encode(x0, mean=mean, generator=generator)
+            out = self.sample(z, sampler=sampler, steps=steps, generator=generator, **options)
+        finally:
+            self.train(training)
+        return out.images
 
     def _check_images(self, x0: Tensor) -> Tensor:
         size = self.config.image_size
@@ -172,7 +180,7 @@ class DBAE(nn.Module):
 
 
 def create_model(preset: str = "demo", **overrides: Any) -> DBAE:
-    """A freshly initialised model by preset name ("ffhq", "celeba", "demo", …).
+    """A freshly initialised model, in training mode, by preset name ("ffhq", "demo", …).
 
     Overrides are fields of `ModelConfig`, e.g. create_model("celeba", schedule="ve",
     stochastic=False). An unknown preset, field or value raises UserError.

@@ -7,6 +7,7 @@ overrides it; a checkpoint carries the `ModelConfig` it was trained with.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from .bridge import SCHEDULES, WEIGHT_SCHEDULES
@@ -60,6 +61,11 @@ class ModelConfig:
         for name in ("latent_dim", "num_res_blocks"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in ("sigma_data", "end_data", "cov_xy"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"--{name} {getattr(self, name)} must be a finite number")
+        if self.sigma_data <= 0 or self.end_data < 0:
+            raise UserError("--sigma_data must be positive and --end_data not negative")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout} must lie in [0, 1)")
         for name, known in (("schedule", SCHEDULES), ("weight_schedule", WEIGHT_SCHEDULES)):
@@ -124,6 +130,8 @@ class TrainConfig:
                 f"--batch_size {self.batch_size} is not a multiple of --microbatch "
                 f"{self.microbatch}"
             )
+        if self.sample_interval < 0:
+            raise UserError(f"--sample_interval {self.sample_interval} must not be negative")
         if not 0 <= self.ema_rate < 1:
             raise UserError(f"--ema_rate {self.ema_rate} must lie in [0, 1)")
         if not self.lr > 0:

@@ -45,6 +45,7 @@ class RunLog:
             dynamic_ncols=True, smoothing=0.05,
         )  # fmt: skip
         self._mark = (time.perf_counter(), step)
+        self._paused = self._mark[0]
 
     def say(self, text: str) -> None:
         """Print a line without disturbing the progress bar."""
@@ -85,6 +86,7 @@ class RunLog:
             f"grad={row['grad_norm']:.3g} grad_enc={row['grad_norm_encoder']:.3g} "
             f"|z|={row['z_norm']:.3g} z_dead={row['z_dead']:.0%} "
             f"img/s={row['images_per_s']:.1f} eta={duration(eta)} next_ckpt={next_checkpoint}"
+            + (f" replaced_images={row['replaced_images']}" if row["replaced_images"] else "")
         )
         if self._service is not None:
             self._service({k: v for k, v in row.items() if k != "step"}, step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -101,6 +102,20 @@ RULES = {"euler": euler, "heun": heun}
 SAMPLERS = tuple(RULES)
 
 
+def check_options(sampler: str, steps: int, rho: float, churn: float, guidance: float) -> None:
+    """Raise UserError for an unknown sampler or a number out of its range."""
+    if sampler not in RULES:
+        raise UserError(f"sampler {sampler!r} is unknown; choose one of {', '.join(RULES)}")
+    if steps < 1:
+        raise UserError(f"steps {steps} must be at least 1")
+    if not 0 <= churn < 1:
+        raise UserError(f"churn {churn} must lie in [0, 1)")
+    if not (rho > 0 and math.isfinite(rho)):
+        raise UserError(f"rho {rho} must be positive")
+    if not math.isfinite(guidance):
+        raise UserError(f"guidance {guidance} must be a finite number")
+
+
 @torch.no_grad()
 def sample(
     denoise: Denoise,
@@ -141,15 +156,7 @@ def sample(
     Raises:
         UserError: an unknown sampler, or a number out of its range.
     """
-    if sampler not in RULES:
-        raise UserError(f"sampler {sampler!r} is unknown; choose one of {', '.join(RULES)}")
-    if steps < 1:
-        raise UserError(f"steps {steps} must be at least 1")
-    if not 0 <= churn < 1:
-        raise UserError(f"churn {churn} must lie in [0, 1)")
-    if not rho > 0:
-        raise UserError(f"rho {rho} must be positive")
-
+    check_options(sampler, steps, rho, churn, guidance)
     rule = RULES[sampler]
     times = GRIDS["karras"](bridge, steps, rho)
     churned = [t + churn * (t_next - t) for t, t_next in itertools.pairwise(times)]

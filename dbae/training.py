@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import platform
 import sys
@@ -35,6 +36,12 @@ from .runlog import RunLog
 
 _GRID_IMAGES = 8
 _DEAD_STD = 0.01  # a dimension of z that varies less than this over a log interval is dead
+# DDP's name for it changed in torch 2.13.
+_LOCAL_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -119,7 +126,7 @@ class Trainer:
             self.wrapped = DistributedDataParallel(
                 self.model,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
+                **_LOCAL_BUFFERS,
                 gradient_as_bucket_view=True,
             )
 
@@ -228,8 +235,8 @@ class Trainer:
         replaced = sum(self.context.gather_objects(self.replaced))
         if not row["loss"] < float("inf"):
             raise UserError(
-                f"the loss is {row['loss']} at step {self.step}; the last checkpoint in "
-                f"{self.folder} is from before. Try a lower --lr, --precision bf16 or fp32"
+                f"the loss is {row['loss']} at step {self.step}; checkpoints in {self.folder} "
+                "are from before. Try a lower --lr, --precision bf16 or fp32"
             )
         if self.context.is_main:
             every = self.config.save_interval
@@ -291,6 +298,8 @@ class Trainer:
         if own:
             self._require_same_run()
         path = checkpoint.newest_weights(Path(resume)) if resume is not None else None
+        if path is not None and not path.is_file():
+            raise UserError(f"checkpoint {path} does not exist")
         if path is not None and (not own or path.parent.resolve() == self.folder.resolve()):
             if checkpoint.state_path(path.parent, checkpoint.step_of(path)).is_file():
                 return self._load(path.parent, checkpoint.step_of(path))
@@ -298,31 +307,36 @@ class Trainer:
                 checkpoint.load_weights(model, path)
             return f"starting from the weights of {path} (no training state beside it)"
         problems: list[str] = []
+        if path is not None:
+            problems.append(f"{self.folder} has checkpoints of its own, {path} is left alone;")
         for step in own:
             try:
                 return " ".join([*problems, self._load(self.folder, step)])
             except UserError as error:
                 problems.append(f"passing over the checkpoint of step {step}: {error};")
-        if problems:
+        if own:
             raise UserError(f"no checkpoint in {self.folder} can be resumed: {' '.join(problems)}")
         return "starting from new weights"
 
     def _require_same_run(self) -> None:
-        """Refuse to go on with a run of another model or seed, as config.json tells."""
+        """Refuse to go on with a run of another model, seed or data, as config.json tells."""
         path = self.folder / "config.json"
         try:
             stored = json.loads(path.read_text())
             earlier = {**stored["model"], "seed": stored["train"]["seed"]}
+            same_data = stored["data"]["fingerprint"] == self.describe["data"]["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}, which tells how to resume, is unreadable ({error})"
             ) from error
         ours = json.loads(json.dumps({**self.describe["model"], "seed": self.config.seed}))
         changed = [f"{k} {earlier.get(k)} → {v}" for k, v in ours.items() if earlier.get(k) != v]
+        if not same_data:
+            changed.append(f"{stored['data']['n']} other images → {len(self.dataset)}")
         if changed:
             raise UserError(
                 f"{self.folder} holds another run ({'; '.join(changed)}); "
-                "use the same flags, or another --workdir"
+                "use the same flags and data, or another --workdir (--resume this one to go on)"
             )
 
     def _load(self, folder: Path, step: int) -> str:
@@ -330,14 +344,13 @@ class Trainer:
         if not averaged:
             raise UserError(f"{folder} has no ema_*_{step:06d}.pt")
         state = checkpoint.load_file(checkpoint.state_path(folder, step))
-        live = checkpoint.read_weights(checkpoint.model_path(folder, step))[0]
-        mean = checkpoint.read_weights(averaged[0])[0]
-        checkpoint.load_weights(self.model, live)
-        checkpoint.load_weights(self.ema.shadow, mean)
+        checkpoint.load_weights(self.model, checkpoint.model_path(folder, step))
+        checkpoint.load_weights(self.ema.shadow, averaged[0])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():  # precision may change on the way
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.position = state["step"], state["position"]
         self.replaced = state["replaced"] if self.context.is_main else 0
         return f"resuming from step {step} in {folder}"

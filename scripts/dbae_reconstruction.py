@@ -13,7 +13,6 @@ from dbae import cli, load_model
 from dbae.bridge import SCHEDULES
 from dbae.data import ImageDataset, open_dataset
 from dbae.distributed import DEVICES, join
-from dbae.evaluation.metrics import load_lpips
 from dbae.evaluation.reconstruction import ReconstructionConfig, run
 
 # Ranks meet only at the end; one may wait for another's last batch, which is slow on a CPU.
@@ -51,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("schedule", "stochastic", "end_data")
         if hasattr(options, name)
     }
-    load_lpips(config.weights_dir)
     with join(options.device, timeout_s=_TIMEOUT_S) as context:
         model = load_model(options.checkpoint, context.device, **overrides)
 

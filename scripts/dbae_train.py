@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dbae import cli
+from dbae.distributed import DEVICES, join
 from dbae.presets import ModelConfig, TrainConfig, get_preset
 
 
@@ -18,9 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, join the other processes, train."""
     parser = cli.parser("Train a DBAE. The same command again resumes an interrupted run.")
     parser.add_argument("--resume", help="start from this checkpoint or run folder")
-    parser.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: auto"
-    )
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="(default: auto)")
     cli.add_flags(parser, TrainConfig, defaults="the preset's")
     cli.add_flags(parser, ModelConfig, defaults="the preset's")
     flags = parser.parse_args(argv)
@@ -30,7 +29,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = TrainConfig(**{**preset.train, "dataset": "demo", **given})
     model_config = dataclasses.replace(preset.model, **cli.given(flags, ModelConfig))
 
-    from dbae.distributed import join
     from dbae.training import Trainer
 
     command = shlex.join(sys.argv if argv is None else ["dbae_train.py", *argv])

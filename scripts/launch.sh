@@ -190,7 +190,7 @@ mpiexec_command() {
 
 # Sets COMMAND: torchrun for this machine, or for this one of several.
 torchrun_command() {
-    COMMAND=("$PYTHON" -m torch.distributed.run --nproc_per_node "$PROCESSES")
+    COMMAND=("$PYTHON" "$REPO/scripts/torchrun.py" --nproc_per_node "$PROCESSES")
     if ((NNODES == 1)); then
         COMMAND+=(--standalone)
         return

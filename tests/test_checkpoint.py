@@ -126,6 +126,8 @@ class _Evil:
         (None, "does not exist"),
         (b"", "not a readable PyTorch checkpoint"),
         (b"PK\x03\x04 truncated", "not a readable PyTorch checkpoint"),
+        (b"some notes", "not a readable PyTorch checkpoint"),
+        (b"this is a file", "not a readable PyTorch checkpoint"),
         ([1, 2], "expected a dict of tensors by name"),
         ({"a": 1}, "expected a dict of tensors by name"),
         ({"a": torch.zeros(1)}, "not a DBAE checkpoint: it lacks the keys of one"),

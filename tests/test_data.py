@@ -333,6 +333,15 @@ def truncated_lmdb(path: Path) -> Path:
     return path
 
 
+def slightly_truncated_lmdb(path: Path) -> Path:
+    """Its last page is missing: it opens, but reading the last record would kill the process."""
+    write_lmdb(path, "256-%05d", [random.Random(0).randbytes(50_000)] * 40)
+    with lmdb.open(str(path), readonly=True, lock=False) as database:
+        used = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+    os.truncate(path / "data.mdb", used - 3 * 4096)
+    return path
+
+
 def truncated_zip(path: Path) -> Path:
     whole = write_zip(path.with_suffix(".whole"), {"a.png": plain(1), "b.png": plain(2)})
     path.write_bytes(whole.read_bytes()[:-40])
@@ -352,6 +361,7 @@ UNUSABLE = {
         "cannot be opened as an LMDB",
     ),
     "truncated lmdb": (truncated_lmdb, "cut short"),
+    "slightly truncated lmdb": (slightly_truncated_lmdb, "cut short"),
     "no length": (lambda path: write_lmdb(path, "256-%05d", [plain(0)], None), "no key `length`"),
     "length 0": (lambda path: write_lmdb(path, "256-%05d", [plain(0)], b"0"), "'0'"),
     "length abc": (lambda path: write_lmdb(path, "256-%05d", [plain(0)], b"abc"), "'abc'"),

@@ -260,12 +260,12 @@ def test_a_released_checkpoint_gives_its_weights_to_a_new_run(tmp_path: Path) ->
     again = train(tmp_path / "new", "--max_steps=2", f"--resume={source}")
     assert f"resuming from step 1 in {tmp_path / 'new' / RUN}" in again.stdout
     moved = (trained["/label_emb.weight"] - donor.unet.label_emb.weight).abs().max()
-    assert 0 <= float(moved) < 0.01
+    assert 0 <= float(moved.detach()) < 0.01
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, seed: int = 0) -> Path:
     path.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for i in range(5):
         Image.fromarray(rng.integers(0, 255, (40 + i, 60, 3), dtype=np.uint8)).save(
             path / f"{i}.png"
@@ -286,6 +286,21 @@ def test_own_pictures_train_from_a_folder_and_bad_ones_are_named_or_counted(
     rows = progress(tmp_path / "w" / "folder32_32_6d_true_vp")
     # 12 positions of 5 images: the bad one is met two or three times.
     assert rows[-1]["replaced_images"] in ("2", "3")
+    own[1] = f"--data_dir={_folder(tmp_path / 'others', seed=1)}"
+    other = train(tmp_path / "w", *own, "--max_steps=4", check=False)
+    assert other.returncode == 2 and "5 other images → 5" in other.stderr
+
+
+def test_a_mistake_of_all_processes_is_told_once(tmp_path: Path) -> None:
+    launcher = [sys.executable, str(ROOT / "scripts" / "torchrun.py"), "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node=2", *TRAIN[1:], *SMALL, "--image_size=48",
+         f"--workdir={tmp_path}"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --image_size 48 has no architecture")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -297,6 +312,8 @@ def test_own_pictures_train_from_a_folder_and_bad_ones_are_named_or_counted(
         (["--schedule=xx"], "argument --schedule: invalid choice: 'xx'"),
         (["--max_step=5"], "unrecognized arguments: --max_step=5"),
         (["--lr=fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--flip=maybe"], "argument --flip: expected true or false, found 'maybe'"),
+        (["--sigma_data=0"], "--sigma_data must be positive"),
         (["--image_size=96"], "--image_size 96 has no architecture"),
         (["--batch_size=6", "--microbatch=4"], "6 is not a multiple of --microbatch 4"),
         (["--resume=/nowhere/ema_0.9_1.pt"], "checkpoint /nowhere/ema_0.9_1.pt does not exist"),
@@ -327,6 +344,8 @@ def test_another_model_or_seed_in_the_same_folder_is_refused(uninterrupted: Path
     ):
         done = train(uninterrupted.parent, "--max_steps=9", flag, check=False)
         assert done.returncode == 2 and message in done.stderr, done.stderr
+    done = train(uninterrupted.parent, "--max_steps=9", "--resume=/nowhere/a.pt", check=False)
+    assert done.returncode == 2 and "checkpoint /nowhere/a.pt does not exist" in done.stderr
     assert (uninterrupted / "config.json").read_text() == before
 
 

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
 def default_workers(dataset: ImageDataset, processes_here: int) -> int:
     """Loader processes per rank: one core is left to the rank itself; drawing needs none."""
-    if dataset.describe()["kind"] == "demo":
+    if dataset.kind == "demo":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(0, min(8, (cores or 1) // processes_here - 1))

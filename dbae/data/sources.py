@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import re
+import subprocess
+import sys
 import weakref
 import zipfile
 import zlib
@@ -185,7 +187,6 @@ class ZipSource:
 
 _LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # at byte 16 of the first page, in the writer's byte order
 _KEY = re.compile(rb"(.+)-(\d+)")
-_MAY_BE_UNWRITTEN = 64  # pages at the end that LMDB may count without having written them
 
 
 class KeyForm(NamedTuple):
@@ -273,14 +274,28 @@ def _open_readonly(path: str) -> _Handle:
         )
     except (lmdb.Error, OSError) as error:
         raise UserError(f"{path} cannot be opened as an LMDB ({error})") from error
-    page = environment.stat()["psize"]
-    need = (environment.info()["last_pgno"] + 1) * page
-    if status.st_size + _MAY_BE_UNWRITTEN * page < need:  # reading past the end kills the process
+    need = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if status.st_size < need and not _survives_reading(file):
         raise UserError(
             f"LMDB {path} is cut short: {status.st_size} bytes of {need}; copy or download it again"
         )
     _handles[key] = handle = _Handle(environment)
     return handle
+
+
+def _survives_reading(file: str) -> bool:
+    """Whether every record of an LMDB that is shorter than it says can be read.
+
+    LMDB may leave out pages at the end that hold nothing; but to read past the end of a file that
+    was cut kills the process (SIGBUS). So another process tries.
+    """
+    walk = (
+        "import lmdb, sys\n"
+        "e = lmdb.open(sys.argv[1], subdir=False, readonly=True, lock=False)\n"
+        "for key, value in e.begin(buffers=True).cursor(): bytes(value[-1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", walk, file], capture_output=True)
+    return done.returncode == 0
 
 
 def _read_length(path: str, transaction: lmdb.Transaction) -> int:

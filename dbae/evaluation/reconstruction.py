@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import math
 import re
 import sys
 import time
@@ -24,7 +23,7 @@ from ..data.images import image_grid, to_model_range, to_uint8
 from ..distributed import Context
 from ..errors import UserError
 from ..model import DBAE
-from ..sampling import SAMPLERS
+from ..sampling import SAMPLERS, check_options
 from . import results
 from .baselines import MeanImage, Pca, training_positions
 from .metrics import floor_uint8, load_lpips
@@ -73,18 +72,12 @@ class ReconstructionConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        check_options(self.sampler, self.steps, self.rho, self.churn, self.guidance)
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size} must be at least 1")
         for name in ("num_samples", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)} must not be negative")
-        if not (self.rho > 0 and math.isfinite(self.rho)):
-            raise UserError(f"--rho {self.rho} must be positive")
-        if not 0 <= self.churn < 1:
-            raise UserError(f"--churn {self.churn} must lie in [0, 1)")
-        if not math.isfinite(self.guidance):
-            raise UserError(f"--guidance {self.guidance} must be a finite number")
         for field in dataclasses.fields(self):
             known = field.metadata["choices"]
             if known and getattr(self, field.name) not in known:
@@ -205,6 +198,8 @@ def run(
     count = min(config.num_samples or len(dataset), len(dataset))
     if config.num_samples > count:
         context.print(f"split {config.split} has only {count} images: all of them are used")
+    if _seen(model, dataset):
+        context.print(f"note: the model was trained on images of this split ({dataset.split}) too")
     lpips, reason = load_lpips(config.weights_dir, context.device)
     scorer = results.Scorer(lpips, reason, config.reference_compat)
     unfinished = output_dir / results.UNFINISHED
@@ -375,6 +370,7 @@ def _protocol(
     """What made the images."""
     weights = None if checkpoint is None else newest_weights(checkpoint)
     average = re.fullmatch(r"ema_([\d.]+)_\d+", weights.stem) if weights else None
+    live = weights is not None and weights.stem.startswith("model_")
     rounding = "floor((x + 1) * 127.5)" if config.reference_compat else "round((x + 1) * 127.5)"
     used = ("num_samples", "batch_size", "sampler", "steps", "rho", "churn", "guidance", "seed")
     return {
@@ -383,18 +379,28 @@ def _protocol(
         "selection": "the first n images of the split, in its order",
         "checkpoint": weights.name if weights else None,
         "checkpoint_sha256": _sha256(weights) if weights else None,
-        "ema": float(average[1]) if average else False,
+        "ema": float(average[1]) if average else (False if live else None),
         "model": dataclasses.asdict(model.config),
         "schedule": model.config.schedule,
         "end_data": model.config.end_data,
         **{name: getattr(config, name) for name in used},
         "clip_denoised": True,
+        "seen_in_training": _seen(model, dataset),
         "latent": config.latent if model.config.stochastic else "deterministic",
         "image_range": "[-1, 1] for the model",
         "image_8_bit": f"{rounding}, clamped to 0..255",
         "world_size": context.world_size,
         "device": context.device.type,
     }
+
+
+def _seen(model: DBAE, dataset: ImageDataset) -> bool | None:
+    """Whether the model was trained on these images or some of them; None where nothing tells."""
+    trained, ours = model.trained_on, dataset.describe()
+    if trained is None or "source" not in trained:
+        return None
+    same_images = trained["source"] == ours["source"]
+    return same_images and (trained["split"] in ("all", ours["split"]) or ours["split"] == "all")
 
 
 def _sha256(path: Path) -> str:
