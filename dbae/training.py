@@ -99,6 +99,7 @@ class Trainer:
             "model": dataclasses.asdict(model_config),
             "train": dataclasses.asdict(config),
             "data": self.dataset.describe(),
+            # of the last start; a run may have had several
             "environment": {
                 "world_size": context.world_size,
                 "device": torch.cuda.get_device_name()

@@ -84,3 +84,4 @@ if installed "$MODE"; then exit; fi
 install "${packages[@]}"
 wanted >"$VENV/.dbae-run"
 if [[ "$MODE" == dev ]]; then wanted >"$VENV/.dbae-dev"; fi
+echo "Installed. The launchers use $VENV by themselves; for your own: source $VENV/bin/activate" >&2
