@@ -16,7 +16,7 @@ import re
 import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,19 +44,19 @@ StateDict = Mapping[str, Tensor]
 
 def to_released(state: StateDict) -> OrderedDict[str, Tensor]:
     """Rename a DBAE's state dict to the released key names."""
-    renamed: OrderedDict[str, Tensor] = OrderedDict()
-    for key, value in state.items():
-        ours, theirs = next(pair for pair in _PREFIXES if key.startswith(pair[0]))
-        renamed[theirs + key[len(ours) :]] = value
-    return renamed
+    return _rename(state, _PREFIXES)
 
 
 def from_released(state: StateDict) -> OrderedDict[str, Tensor]:
     """Rename released keys to those of a DBAE in memory (the inverse of `to_released`)."""
+    return _rename(state, [(theirs, ours) for ours, theirs in _PREFIXES])
+
+
+def _rename(state: StateDict, prefixes: Sequence[tuple[str, str]]) -> OrderedDict[str, Tensor]:
     renamed: OrderedDict[str, Tensor] = OrderedDict()
     for key, value in state.items():
-        ours, theirs = next(pair for pair in _PREFIXES if key.startswith(pair[1]))
-        renamed[ours + key[len(theirs) :]] = value
+        old, new = next(pair for pair in prefixes if key.startswith(pair[0]))
+        renamed[new + key[len(old) :]] = value
     return renamed
 
 

@@ -268,6 +268,26 @@ def test_an_unreadable_image_is_named_and_earlier_results_stay(
     assert not (out / "unfinished").exists()
 
 
+def test_scoring_on_the_trainings_own_images_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = dbae.create_model("demo", latent_dim=4).eval()
+    train, test = (open_dataset("demo", None, 32, split) for split in ("train", "test"))
+    for trained, scored, seen in (
+        (None, test, None),
+        (train.describe(), test, False),
+        (train.describe(), train, True),
+        ({**train.describe(), "split": "all"}, test, True),
+        ({**train.describe(), "source": "of other images"}, train, False),
+    ):
+        model.trained_on = trained
+        result = run(model, scored, CONFIG, Context(), tmp_path, progress=False)
+        assert result is not None and result.metrics["protocol"]["seen_in_training"] is seen
+        assert ("the model was trained on images of this split" in capsys.readouterr().out) is (
+            seen is True
+        )
+
+
 def test_a_model_that_gives_no_numbers_is_refused(demo: ImageDataset, tmp_path: Path) -> None:
     broken = dbae.create_model("demo", latent_dim=4).eval()
     torch.nn.init.constant_(broken.unet.out[-1].bias, float("nan"))
