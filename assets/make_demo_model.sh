@@ -8,7 +8,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/../scripts/launch.sh"
 runs="$WORKDIR/demo_model"
 longer=(--workdir "$runs" --save_interval 1000 --sample_interval 1000)
 bash "$REPO/train_dbae.sh" demo vp "${longer[@]}" --max_steps 2000
-bash "$REPO/train_dbae.sh" demo vp "${longer[@]}" --max_steps @@STEPS@@ --lr 1e-3
+bash "$REPO/train_dbae.sh" demo vp "${longer[@]}" --max_steps 4600 --lr 1e-3
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" - "$runs"/demo* "$REPO/assets/demo_model.pt" <<'PYTHON'
 import sys
