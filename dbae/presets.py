@@ -183,8 +183,8 @@ PRESETS: dict[str, Preset] = {
             image_size=32, num_channels=32, latent_dim=24, endpoint_channels=16, num_res_blocks=1,
             attention_resolutions=(8,), dropout=0.0, stochastic=False,
         ),
-        {"batch_size": 16, "lr": 4e-3, "max_steps": 600, "save_interval": 200,
-         "sample_interval": 200, "log_interval": 20, "flip": False},
+        {"batch_size": 16, "lr": 4e-3, "max_steps": 500, "save_interval": 250,
+         "sample_interval": 250, "log_interval": 20, "flip": False},
     ),
 }  # fmt: skip
 
