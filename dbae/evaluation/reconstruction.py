@@ -72,7 +72,10 @@ class ReconstructionConfig:
     )
 
     def __post_init__(self) -> None:
-        check_options(self.sampler, self.steps, self.rho, self.churn, self.guidance)
+        try:
+            check_options(self.sampler, self.steps, self.rho, self.churn, self.guidance)
+        except UserError as error:  # begins with the option's name, which here is a flag
+            raise UserError(f"--{error}") from None
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size} must be at least 1")
         for name in ("num_samples", "seed"):
