@@ -80,7 +80,19 @@ def _is_image(name: str) -> bool:
     return not hidden and parts[-1].lower().endswith(EXTENSIONS)
 
 
-class FolderSource:
+class _Named:
+    """Images that are files with names of their own, in the order of these."""
+
+    _names: list[str]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, i: int) -> str:
+        return self._names[i]
+
+
+class FolderSource(_Named):
     """The image files below a folder, in the order of their relative names."""
 
     kind = "folder"
@@ -90,12 +102,6 @@ class FolderSource:
         self._names = _walk(path)
         if not self._names:
             raise UserError(f"folder {path} holds no images ({_IMAGE_WORDS})")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, i: int) -> str:
-        return self._names[i]
 
     def read(self, i: int) -> bytes:
         try:
@@ -139,7 +145,7 @@ def _walk(root: str) -> list[str]:
     return sorted(names)
 
 
-class ZipSource:
+class ZipSource(_Named):
     """The image files in a zip archive, in the order of their names."""
 
     kind = "zip"
@@ -164,12 +170,6 @@ class ZipSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, i: int) -> str:
-        return self._names[i]
 
     def read(self, i: int) -> bytes:
         try:

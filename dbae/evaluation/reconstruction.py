@@ -201,7 +201,9 @@ def run(
     count = min(config.num_samples or len(dataset), len(dataset))
     if config.num_samples > count:
         context.print(f"split {config.split} has only {count} images: all of them are used")
-    if _seen(model, dataset):
+    described = dataset.describe()  # reads all names: once is enough
+    seen = _seen(model, described)
+    if seen:
         context.print(f"note: the model was trained on images of this split ({dataset.split}) too")
     lpips, reason = load_lpips(config.weights_dir, context.device)
     scorer = results.Scorer(lpips, reason, config.reference_compat)
@@ -236,7 +238,9 @@ def run(
     metrics = {
         **scorer.row(scores),
         "protocol": {
-            **_protocol(model, dataset, config, context, checkpoint),
+            "dataset": described,
+            "seen_in_training": seen,
+            **_protocol(model, config, context, checkpoint),
             "n": count,
             "nfe": done[0].nfe,
             "replaced": [name for batch in in_order for name in batch.replaced],
@@ -364,11 +368,7 @@ def _fit_baselines(
 
 
 def _protocol(
-    model: DBAE,
-    dataset: ImageDataset,
-    config: ReconstructionConfig,
-    context: Context,
-    checkpoint: Path | None,
+    model: DBAE, config: ReconstructionConfig, context: Context, checkpoint: Path | None
 ) -> dict[str, Any]:
     """What made the images."""
     weights = None if checkpoint is None else newest_weights(checkpoint)
@@ -377,7 +377,6 @@ def _protocol(
     rounding = "floor((x + 1) * 127.5)" if config.reference_compat else "round((x + 1) * 127.5)"
     used = ("num_samples", "batch_size", "sampler", "steps", "rho", "churn", "guidance", "seed")
     return {
-        "dataset": dataset.describe(),
         "split": config.split,
         "selection": "the first n images of the split, in its order",
         "checkpoint": weights.name if weights else None,
@@ -388,7 +387,6 @@ def _protocol(
         "end_data": model.config.end_data,
         **{name: getattr(config, name) for name in used},
         "clip_denoised": True,
-        "seen_in_training": _seen(model, dataset),
         "latent": config.latent if model.config.stochastic else "deterministic",
         "image_range": "[-1, 1] for the model",
         "image_8_bit": f"{rounding}, clamped to 0..255",
@@ -397,9 +395,9 @@ def _protocol(
     }
 
 
-def _seen(model: DBAE, dataset: ImageDataset) -> bool | None:
-    """Whether the model was trained on these images or some of them; None where nothing tells."""
-    trained, ours = model.trained_on, dataset.describe()
+def _seen(model: DBAE, ours: dict[str, Any]) -> bool | None:
+    """Whether the model was trained on images of this description; None where nothing tells."""
+    trained = model.trained_on
     if trained is None or "source" not in trained:
         return None
     same_images = trained["source"] == ours["source"]
