@@ -20,6 +20,16 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+def check_choices(config: Any) -> None:
+    """Raise UserError where a field of a dataclass instance is not among its `choices`."""
+    for field in dataclasses.fields(config):
+        known, value = field.metadata.get("choices"), getattr(config, field.name)
+        if known and value not in known:
+            raise UserError(
+                f"--{field.name} {value!r} is unknown; choose one of {', '.join(known)}"
+            )
+
+
 def parse_bool(text: str) -> bool:
     """`true`/`false` in any case (also yes/no, 1/0) → bool; an argparse error otherwise."""
     word = text.lower()
@@ -38,6 +48,10 @@ def _parse_integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def _parse_words(text: str) -> tuple[str, ...]:
+    return tuple(part for part in map(str.strip, text.split(",")) if part)
+
+
 def _converter(annotation: Any) -> Callable[[str], Any]:
     """The function that turns a flag's text into a value of the field's type."""
     members = [a for a in typing.get_args(annotation) if a is not type(None)]
@@ -46,7 +60,7 @@ def _converter(annotation: Any) -> Callable[[str], Any]:
     if annotation is bool:
         return parse_bool
     if typing.get_origin(annotation) is tuple:
-        return _parse_integers
+        return _parse_integers if int in typing.get_args(annotation) else _parse_words
     return typing.cast(Callable[[str], Any], annotation)
 
 

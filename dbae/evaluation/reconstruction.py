@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import re
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import random
-from ..checkpoint import atomic_file, newest_weights, step_of
 from ..cli import option
 from ..data.images import image_grid, to_model_range, to_uint8
 from ..distributed import Context
 from ..errors import UserError
 from ..model import DBAE
-from ..sampling import SAMPLERS, check_options
 from . import results
 from .baselines import MeanImage, Pca, training_positions
 from .metrics import floor_uint8, load_lpips
+from .progress import Progress
+from .protocol import (
+    SamplingConfig,
+    enlarged,
+    latent_used,
+    model_facts,
+    require_at_least,
+    seen_in_training,
+    write_png,
+)
 
 if TYPE_CHECKING:
     from ..data import ImageDataset
@@ -36,28 +39,13 @@ _COMPARED = 12  # columns of comparison.png
 
 
 @dataclasses.dataclass(frozen=True)
-class ReconstructionConfig:
+class ReconstructionConfig(SamplingConfig):
     """What is reconstructed, how, and how it is scored. Each field is a command-line flag."""
 
     dataset: str = option("demo", "which data preset to read; the checkpoint decides the size")
     data_dir: str | None = option(None, "folder, zip or LMDB with the images")
     split: str = option("test", "which part of the data: all, train, valid, test")
     num_samples: int = option(0, "reconstruct the first so many images of the split (0: all)")
-    batch_size: int = option(64, "images per forward pass")
-    sampler: str = option("euler", "how the reverse bridge is integrated", choices=SAMPLERS)
-    steps: int = option(100, "grid points N of the sampler")
-    rho: float = option(7.0, "exponent of the time grid")
-    churn: float = option(0.0, "share of each step done by the SDE, in [0, 1); 0 is the ODE")
-    guidance: float = option(1.0, "weight w of the pull towards x_T")
-    latent: str = option(
-        "sample",
-        "z of a stochastic encoder: drawn, as published, or its mean",
-        choices=("sample", "mean"),
-    )
-    seed: int = option(0, "all noise is a function of this and the image's place in the split")
-    bad_images: str = option(
-        "error", "an unreadable image stops the run or is replaced", choices=("error", "skip")
-    )
     weights_dir: str | None = option(
         None, "folder with alexnet-owt-7be5be79.pth for LPIPS (torch's cache is searched too)"
     )
@@ -67,43 +55,10 @@ class ReconstructionConfig:
     baselines: bool = option(
         False, "also score the mean image and PCA with latent_dim components (fitted on train)"
     )
-    output_dir: str | None = option(
-        None, "folder of the results (default: sample_STEP/SAMPLER_… beside the checkpoint)"
-    )
 
     def __post_init__(self) -> None:
-        try:
-            check_options(self.sampler, self.steps, self.rho, self.churn, self.guidance)
-        except UserError as error:  # begins with the option's name, which here is a flag
-            raise UserError(f"--{error}") from None
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size {self.batch_size} must be at least 1")
-        for name in ("num_samples", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)} must not be negative")
-        for field in dataclasses.fields(self):
-            known = field.metadata["choices"]
-            if known and getattr(self, field.name) not in known:
-                raise UserError(
-                    f"--{field.name} {getattr(self, field.name)!r} is unknown; choose one of "
-                    f"{', '.join(known)}"
-                )
-
-    def output_folder(self, checkpoint: Path) -> Path:
-        """--output_dir, else `sample_{step}/euler_7.0_100_w=1.0_churn=0.0` beside the checkpoint.
-
-        The step is the number that the file's name ends in; without one it is the name's stem.
-        """
-        if self.output_dir is not None:
-            return Path(self.output_dir)
-        checkpoint = newest_weights(checkpoint)
-        step = step_of(checkpoint)
-        return (
-            checkpoint.parent
-            / f"sample_{checkpoint.stem if step < 0 else step}"
-            / f"{self.sampler}_{float(self.rho)}_{self.steps}"
-            f"_w={float(self.guidance)}_churn={float(self.churn)}"
-        )
+        super().__post_init__()
+        require_at_least(self, num_samples=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +104,7 @@ def reconstruct_images(
     def churn_noise(x: Tensor) -> Tensor:
         return random.normal(seed, f"churn{next(step)}", positions, tuple(x.shape[1:]), device)
 
-    out = model.sample(
-        z,
-        x_T,
-        sampler=config.sampler,
-        steps=config.steps,
-        rho=config.rho,
-        churn=config.churn,
-        guidance=config.guidance,
-        noise=churn_noise,
-        callback=callback,
-    )
+    out = model.sample(z, x_T, noise=churn_noise, callback=callback, **config.sampler_options())
     return out.images, x_T, out.nfe
 
 
@@ -202,7 +147,7 @@ def run(
     if config.num_samples > count:
         context.print(f"split {config.split} has only {count} images: all of them are used")
     described = dataset.describe()  # reads all names: once is enough
-    seen = _seen(model, described)
+    seen = seen_in_training(model, described)
     if seen:
         context.print(f"note: the model was trained on images of this split ({dataset.split}) too")
     lpips, reason = load_lpips(config.weights_dir, context.device)
@@ -218,7 +163,9 @@ def run(
     starts = range(0, count, config.batch_size)
     batches = [range(start, min(start + config.batch_size, count)) for start in starts]
     mine = range(context.rank, len(batches), context.world_size)
-    shown = _Progress(len(mine), config.steps, count, active=progress and context.is_main)
+    shown = Progress(
+        "reconstructed", len(mine), count, config.steps, active=progress and context.is_main
+    )
     done = {}
     for b in mine:
         done[b] = _batch(b, batches[b], model, dataset, config, context, unfinished, scorer, shown)
@@ -236,6 +183,7 @@ def run(
     scores = results.concatenate(batch.scores for batch in in_order)
     x_T_scores = results.concatenate(batch.x_T_scores for batch in in_order)
     metrics = {
+        "kind": "reconstruction",
         **scorer.row(scores),
         "protocol": {
             "dataset": described,
@@ -287,7 +235,7 @@ def _batch(
     context: Context,
     folder: Path,
     scorer: results.Scorer,
-    progress: _Progress,
+    progress: Progress,
 ) -> _Batch:
     """Reconstruct, write and score the images at these positions."""
     items = [dataset[position] for position in positions]
@@ -314,7 +262,7 @@ def _batch(
         (f"{rank}_x_{number}.png", real),
         (start_name, start),
     ):
-        _write_png(folder / name, image_grid(batch[:_GRID_IMAGES], 8))
+        write_png(folder / name, image_grid(batch[:_GRID_IMAGES], 8))
 
     shown = max(0, min(len(items), _COMPARED - positions[0]))
     return _Batch(
@@ -371,23 +319,17 @@ def _protocol(
     model: DBAE, config: ReconstructionConfig, context: Context, checkpoint: Path | None
 ) -> dict[str, Any]:
     """What made the images."""
-    weights = None if checkpoint is None else newest_weights(checkpoint)
-    average = re.fullmatch(r"ema_([\d.]+)_\d+", weights.stem) if weights else None
-    live = weights is not None and weights.stem.startswith("model_")
     rounding = "floor((x + 1) * 127.5)" if config.reference_compat else "round((x + 1) * 127.5)"
-    used = ("num_samples", "batch_size", "sampler", "steps", "rho", "churn", "guidance", "seed")
     return {
         "split": config.split,
         "selection": "the first n images of the split, in its order",
-        "checkpoint": weights.name if weights else None,
-        "checkpoint_sha256": _sha256(weights) if weights else None,
-        "ema": float(average[1]) if average else (False if live else None),
-        "model": dataclasses.asdict(model.config),
-        "schedule": model.config.schedule,
-        "end_data": model.config.end_data,
-        **{name: getattr(config, name) for name in used},
+        **model_facts(model, checkpoint),
+        "num_samples": config.num_samples,
+        "batch_size": config.batch_size,
+        **config.sampler_options(),
+        "seed": config.seed,
         "clip_denoised": True,
-        "latent": config.latent if model.config.stochastic else "deterministic",
+        "latent": latent_used(model, config.latent),
         "image_range": "[-1, 1] for the model",
         "image_8_bit": f"{rounding}, clamped to 0..255",
         "world_size": context.world_size,
@@ -395,69 +337,8 @@ def _protocol(
     }
 
 
-def _seen(model: DBAE, ours: dict[str, Any]) -> bool | None:
-    """Whether the model was trained on images of this description; None where nothing tells."""
-    trained = model.trained_on
-    if trained is None or "source" not in trained:
-        return None
-    same_images = trained["source"] == ours["source"]
-    return same_images and (trained["split"] in ("all", ours["split"]) or ours["split"] == "all")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_png(path: Path, picture: Image.Image) -> None:
-    with atomic_file(path) as file:
-        picture.save(file, format="PNG")
-
-
 def _write_comparison(path: Path, batches: Sequence[_Batch]) -> None:
     """The first originals over their x_T over their reconstructions; small images enlarged."""
     rows = torch.cat([batch.compared for batch in batches], dim=1)
     picture = image_grid(rows.flatten(0, 1), rows.shape[1])
-    if rows.shape[-1] <= 64:
-        picture = picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST)
-    _write_png(path, picture)
-
-
-class _Progress:
-    """A bar of sampler steps on a terminal, else a line every ten seconds at most."""
-
-    def __init__(self, batches: int, steps: int, images: int, *, active: bool) -> None:
-        self._images, self._batches, self._done = images, batches, 0
-        self._started = self._last = time.monotonic()
-        self._active = active
-        self._bar: Any = None
-        if active and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=batches * steps, desc="reconstructing", unit="step")
-
-    def step_done(self, _: Any) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
-    def batch_done(self) -> None:
-        self._done += 1
-        now, last = time.monotonic(), self._done == self._batches
-        rate = self._done / self._batches * self._images / (now - self._started)  # of all ranks
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{rate:.1f} images/s")
-        elif self._active and (last or now - self._last > 10):
-            self._last = now
-            left = (self._batches - self._done) / self._batches * self._images / rate
-            print(
-                f"reconstructed {self._done * self._images // self._batches}/{self._images} images,"
-                f" {rate:.1f} images/s, ETA {left:.0f} s",
-                flush=True,
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    write_png(path, enlarged(picture, rows.shape[-1]))

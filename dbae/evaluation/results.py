@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor
 from ..checkpoint import atomic_file, write_text
 from ..errors import UserError
 from .metrics import Lpips, mse, reference_mse, reference_ssim, ssim, summary
+from .protocol import versions
 
 METRICS_FILE = "metrics.json"
 UNFINISHED = "unfinished"  # a run writes to this folder until it is complete
@@ -224,7 +223,7 @@ class Scorer:
         return {
             "reference_compat": self.reference_compat,
             "metrics": counted,
-            "versions": versions(),
+            "versions": versions("lpips"),
         }
 
 
@@ -235,19 +234,6 @@ def concatenate(parts: Iterable[Scores]) -> Scores:
         for name, values in part.items():
             total.setdefault(name, []).extend(values)
     return total
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what the figures depend on; None for a package that is not installed."""
-    import dbae  # the package may run from a clone, where no metadata is installed
-
-    found: dict[str, str | None] = {"python": platform.python_version(), "dbae": dbae.__version__}
-    for package in ("torch", "torchvision", "numpy", "lpips"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
@@ -279,6 +265,7 @@ def rescore(folder: Path, scorer: Scorer, batch_size: int) -> dict[str, Any]:
     if "versions" in protocol and "versions_of_run" not in protocol:
         protocol["versions_of_run"] = protocol["versions"]
     metrics = {
+        "kind": "reconstruction",
         **scorer.row(scores),
         "protocol": {**protocol, "n": n, **scorer.protocol()},
         "baselines": old.get("baselines", {}),

@@ -1,0 +1,161 @@
+"""What every evaluation shares: sampling options, where results go, the facts beside a figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from ..checkpoint import atomic_file, newest_weights, step_of
+from ..cli import check_choices, option
+from ..errors import UserError
+from ..model import DBAE
+from ..sampling import SAMPLERS, check_options
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How images are made from z. Each field is a command-line flag."""
+
+    batch_size: int = option(64, "images per forward pass")
+    sampler: str = option("euler", "how the reverse bridge is integrated", choices=SAMPLERS)
+    steps: int = option(100, "grid points N of the sampler")
+    rho: float = option(7.0, "exponent of the time grid")
+    churn: float = option(0.0, "share of each step done by the SDE, in [0, 1); 0 is the ODE")
+    guidance: float = option(1.0, "weight w of the pull towards x_T")
+    latent: str = option(
+        "sample",
+        "z of a stochastic encoder: drawn, as published, or its mean",
+        choices=("sample", "mean"),
+    )
+    seed: int = option(0, "all noise is a function of this and the image's place")
+    bad_images: str = option(
+        "error", "an unreadable image stops the run or is replaced", choices=("error", "skip")
+    )
+    output_dir: str | None = option(
+        None, "folder of the results (default: in sample_STEP beside the checkpoint)"
+    )
+
+    def __post_init__(self) -> None:
+        try:
+            check_options(self.sampler, self.steps, self.rho, self.churn, self.guidance)
+        except UserError as error:  # begins with the option's name, which here is a flag
+            raise UserError(f"--{error}") from None
+        require_at_least(self, batch_size=1, seed=0)
+        check_choices(self)
+
+    folder_prefix: ClassVar[str] = ""
+
+    def output_folder(self, checkpoint: Path) -> Path:
+        """--output_dir, else `sample_{step}/{prefix}{sampler_name}` beside the checkpoint."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        return results_folder(checkpoint) / (self.folder_prefix + self.sampler_name)
+
+    @property
+    def sampler_name(self) -> str:
+        """`euler_7.0_100_w=1.0_churn=0.0`: how the sampler appears in a folder's name."""
+        return (
+            f"{self.sampler}_{float(self.rho)}_{self.steps}"
+            f"_w={float(self.guidance)}_churn={float(self.churn)}"
+        )
+
+    def sampler_options(self) -> dict[str, Any]:
+        """The keywords of `dbae.sample` that these options stand for."""
+        names = ("sampler", "steps", "rho", "churn", "guidance")
+        return {name: getattr(self, name) for name in names}
+
+
+def require_at_least(config: Any, **lowest: int) -> None:
+    """Raise UserError where a field of `config` is below its lowest value."""
+    for name, bound in lowest.items():
+        if getattr(config, name) < bound:
+            what = "not be negative" if bound == 0 else f"be at least {bound}"
+            raise UserError(f"--{name} {getattr(config, name)} must {what}")
+
+
+def results_folder(checkpoint: Path) -> Path:
+    """`sample_{step}` beside the weights: the folder of all results of one checkpoint.
+
+    The step is the number that the file's name ends in; without one it is the name's stem.
+    """
+    weights = newest_weights(checkpoint)
+    step = step_of(weights)
+    return weights.parent / f"sample_{weights.stem if step < 0 else step}"
+
+
+def is_ema(weights: Path) -> float | bool | None:
+    """The decay of averaged weights, False for live ones, None where the name does not tell."""
+    average = re.fullmatch(r"ema_([\d.]+)_\d+", weights.stem)
+    if average:
+        return float(average[1])
+    return False if weights.stem.startswith("model_") else None
+
+
+def model_facts(model: DBAE, checkpoint: Path | None) -> dict[str, Any]:
+    """Which weights, of which architecture: JSON-able, for the protocol beside a result."""
+    weights = None if checkpoint is None else newest_weights(checkpoint)
+    return {
+        "checkpoint": weights.name if weights else None,
+        "checkpoint_sha256": sha256(weights) if weights else None,
+        "ema": is_ema(weights) if weights else None,
+        "model": dataclasses.asdict(model.config),
+        "schedule": model.config.schedule,
+        "end_data": model.config.end_data,
+    }
+
+
+def latent_used(model: DBAE, latent: str) -> str:
+    """Which z a result was made with: deterministic, or the sample or mean of an encoder."""
+    return latent if model.config.stochastic else "deterministic"
+
+
+def seen_in_training(model: DBAE, ours: Mapping[str, Any]) -> bool | None:
+    """Whether the model was trained on images of this description; None where nothing tells."""
+    trained = model.trained_on
+    if trained is None or "source" not in trained:
+        return None
+    same_images = trained["source"] == ours["source"]
+    return same_images and (trained["split"] in ("all", ours["split"]) or ours["split"] == "all")
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Versions of what the figures depend on; None for a package that is not installed."""
+    import dbae  # the package may run from a clone, where no metadata is installed
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "dbae": dbae.__version__}
+    for package in ("torch", "torchvision", "numpy", *packages):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture atomically."""
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")
+
+
+def enlarged(picture: Image.Image, size: int) -> Image.Image:
+    """A picture of images of `size` pixels, three times as large where these are small."""
+    if size > 64:
+        return picture
+    return picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST)
