@@ -142,11 +142,14 @@ class TrainConfig:
 class DataPreset:
     """How the images of a data set are found, cut and split."""
 
-    source: str  # "files": folder, zip or LMDB at data_dir; "demo": drawn on the fly
+    # "files": folder, zip or LMDB at data_dir; "lfw": LFW's own layout; "demo": drawn on the fly
+    source: str
     crop: tuple[int, int, int, int] | None = None  # top, left, height, width, before the resize
-    fit: str = "stretch"  # resize to (s, s); "center": cut the centred square first
+    # Resize to (s, s); "center": cut the centred square first; "enlarge": resize to a tenth more,
+    # then cut the centred square.
+    fit: str = "stretch"
     # Name → first and past-the-last index. A set with "train" alone is used whole. None: the
-    # source's own folders, or a division by hash (see `dbae.data.open_dataset`).
+    # source's own lists or folders, or a division by hash (see `dbae.data.open_dataset`).
     splits: dict[str, tuple[int, int]] | None = None
 
 
@@ -176,6 +179,7 @@ PRESETS: dict[str, Preset] = {
         _64,
         {},
     ),
+    "lfw": Preset(DataPreset("lfw", fit="enlarge"), _64, {}),
     "folder": Preset(DataPreset("files", fit="center"), _64, {"split": "all"}),
     "demo": Preset(
         DataPreset("demo", splits={"train": (0, 50_000), "test": (50_000, 55_000)}),

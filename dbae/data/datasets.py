@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -17,12 +19,15 @@ from ..errors import UserError
 from ..presets import DataPreset, get_preset
 from . import demo
 from .images import BadImage, decode, transform
+from .lfw import LAYOUT, LfwSource
 from .sources import Source, identity_groups, open_source
 
 BAD_IMAGES = ("error", "skip")
 _TRIES = 100  # bad images in a row that `skip` passes over before it gives up
 _SHARES = (("train", 0.8), ("valid", 0.9), ("test", 1.0))  # upper ends of the hashed splits
 _FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+
+Indices: TypeAlias = range | np.ndarray  # of images in the whole source
 
 
 class Item(NamedTuple):
@@ -46,6 +51,10 @@ class Images(Protocol):
 
     def pixels(self, i: int, size: int) -> Tensor:
         """Image i as uint8 (3, size, size); BadImage when it cannot be had."""
+        ...
+
+    def groups(self) -> list[str]:
+        """For each image the person that it shows, or its own name."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -76,6 +85,13 @@ class FileImages:
         name = self.source.name(i)
         return transform(decode(self.source.read(i), name), size, self.crop, self.fit, name)
 
+    def groups(self) -> list[str]:
+        return identity_groups(self.source)
+
+    def splits(self) -> Mapping[str, Indices]:
+        """The division that the source itself makes, by its folders or by hash."""
+        return _folder_splits(self.source) or _hashed_splits(self.source)
+
     def identity(self) -> dict[str, Any]:
         crop = self.crop and "crop top {}, left {}, {}×{}; ".format(*self.crop)
         return {
@@ -95,6 +111,18 @@ class FileImages:
         return found.digest()
 
 
+class LfwImages(FileImages):
+    """LFW, which names people and lists its splits itself."""
+
+    source: LfwSource
+
+    def groups(self) -> list[str]:
+        return self.source.people()
+
+    def splits(self) -> Mapping[str, Indices]:
+        return self.source.splits
+
+
 class DemoImages:
     """The first `length` pictures of the procedural demo set."""
 
@@ -112,6 +140,9 @@ class DemoImages:
     def pixels(self, i: int, size: int) -> Tensor:
         return torch.from_numpy(demo.draw(i, size)).permute(2, 0, 1).contiguous()
 
+    def groups(self) -> list[str]:
+        return [self.name(i) for i in range(self.length)]
+
     def identity(self) -> dict[str, Any]:
         return {"path": None, "transform": "drawn at this size"}
 
@@ -121,36 +152,104 @@ class DemoImages:
         return hashlib.sha256(repr((self.length, drawn)).encode()).digest()
 
 
-class ImageDataset(Dataset[Item]):
-    """One split of a data set as square uint8 images.
+class Division:
+    """Which of a data set's images belong to which split. Raises UserError as `open_dataset` does.
 
-    `kind` is folder, zip, lmdb or demo; `indices` are the split's source indices; `notes` are
-    lines that the user should see. With `bad_images` "error" an unreadable image raises BadImage;
-    with "skip" the next readable image of the same split stands in, always the same one, and the
-    item says so.
+    `path` is what the user named, if anything; `declared` are the preset's index ranges, if any.
     """
 
     def __init__(
         self,
         images: Images,
         name: str,
-        split: str,
-        size: int,
-        indices: Sequence[int] | np.ndarray,
-        bad_images: str = "error",
-        notes: Sequence[str] = (),
+        path: str | None,
+        declared: dict[str, tuple[int, int]] | None,
     ) -> None:
         self.images = images
-        self.kind = images.kind
         self.name = name
+        self.path = path
+        self.declared = declared
+
+    @functools.cached_property  # split `all` does not need it, and hashing takes a while
+    def _parts(self) -> tuple[Mapping[str, Indices], list[str]]:
+        if self.declared:
+            return _ranges(len(self.images), self.declared)
+        assert isinstance(self.images, FileImages)  # the demo set declares its splits
+        return self.images.splits(), []
+
+    def names(self) -> tuple[str, ...]:
+        """The splits that hold images, without `all`."""
+        return tuple(name for name, indices in self._parts[0].items() if len(indices))
+
+    def part(self, split: str) -> tuple[Indices, list[str]]:
+        """The source indices of `split`, and the lines that the user should see about them."""
+        if split == "all":
+            return range(len(self.images)), []
+        parts, notes = self._parts
+        if split not in parts:
+            known = ", ".join([*parts, "all"])
+            raise UserError(f"split {split!r} of {self.name} is unknown; choose one of {known}")
+        if len(parts[split]) == 0:
+            raise UserError(
+                f"split {split!r} of {self.path or self.name} is empty: there are only "
+                f"{len(self.images)} images in all; use the split all or add images"
+            )
+        return parts[split], list(notes)
+
+
+class ImageDataset(Dataset[Item]):
+    """One split of a data set as square uint8 images.
+
+    `kind` is folder, zip, lmdb, lfw or demo; `indices` are the split's source indices; `notes` are
+    lines that the user should see. With `bad_images` "error" an unreadable image raises BadImage;
+    with "skip" the next readable image of the same split stands in, always the same one, and the
+    item says so.
+    """
+
+    def __init__(
+        self, division: Division, split: str, size: int, bad_images: str = "error"
+    ) -> None:
+        self.images = division.images
+        self.kind = self.images.kind
+        self.name = division.name
         self.split = split
         self.size = size
-        self.indices = indices
         self.bad_images = bad_images
-        self.notes = list(notes)
+        self.indices, self.notes = division.part(split)
+        self._division = division
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that hold images and that `in_split` takes, besides `all`."""
+        return self._division.names()
+
+    def in_split(self, split: str) -> ImageDataset:
+        """Another split of the same opened images; UserError where it is unknown or empty."""
+        return ImageDataset(self._division, split, self.size, self.bad_images)
+
+    def subset(self, positions: Sequence[int] | np.ndarray) -> ImageDataset:
+        """The images at these positions (whole numbers, in this order), as the same split.
+
+        Raises IndexError for a position outside 0..len-1.
+        """
+        chosen = np.asarray(positions, dtype=np.int64)
+        outside = chosen[(chosen < 0) | (chosen >= len(self))]
+        if len(outside):
+            raise IndexError(f"image {outside[0]} of {len(self)}")
+        part = copy.copy(self)
+        part.indices = np.asarray(self.indices)[chosen]
+        return part
+
+    def groups(self) -> list[str]:
+        """For each image the person that it shows, or the image's own name where that is unknown.
+
+        Images of one group belong on the same side of any further division.
+        """
+        groups = self.images.groups()
+        return [groups[i] for i in self.indices]
 
     def source_index(self, i: int) -> int:
         """The number in the whole source of this split's image i: the row of a label file."""
@@ -211,8 +310,9 @@ def open_dataset(
     """The images of data set `preset_name` at `data_dir`, in `split`, as `image_size` squares.
 
     Size and split default to the preset's. Split `all` is always there. The others are the
-    preset's index ranges; else the top-level folders `train`, `valid` (or `val`), `test`; else a
-    fixed 80/10/10 division by a hash of the person (`identity.txt`) or the image's name. Raises
+    preset's index ranges or LFW's lists of people; else the top-level folders `train`, `valid` (or
+    `val`), `test`; else a fixed 80/10/10 division by a hash of the person (`identity.txt`) or the
+    image's name. Raises
     UserError for an unknown name, split or policy, missing or unusable data, an empty split.
     """
     preset = get_preset(preset_name)
@@ -221,13 +321,8 @@ def open_dataset(
     if bad_images not in BAD_IMAGES:
         raise UserError(f"--bad_images {bad_images!r} is unknown; choose error or skip")
     images = _open_images(preset_name, preset.data, data_dir)
-    indices, notes = _choose(images, preset.data, split, preset_name)
-    if len(indices) == 0:
-        raise UserError(
-            f"split {split!r} of {data_dir or preset_name} is empty: there are only {len(images)} "
-            "images in all; use the split all or add images"
-        )
-    return ImageDataset(images, preset_name, split, size, indices, bad_images, notes)
+    division = Division(images, preset_name, data_dir, preset.data.splits)
+    return ImageDataset(division, split, size, bad_images)
 
 
 def _open_images(name: str, preset: DataPreset, data_dir: str | None) -> Images:
@@ -238,31 +333,16 @@ def _open_images(name: str, preset: DataPreset, data_dir: str | None) -> Images:
                 "for your own images use the data set `folder`"
             )
         return DemoImages(max(stop for _, stop in (preset.splits or {}).values()))
+    lfw = preset.source == "lfw"
     if not data_dir:
+        expected = LAYOUT if lfw else f"{name}/data.mdb, a folder of images, or a zip"
         raise UserError(
             f"data set {name} needs its images: pass --data_dir DIR or set the data root in "
-            f"args.sh (expected there: {name}/data.mdb, a folder of images, or a zip)"
+            f"args.sh (expected there: {expected})"
         )
+    if lfw:
+        return LfwImages(LfwSource(data_dir), preset.crop, preset.fit)
     return FileImages(open_source(data_dir), preset.crop, preset.fit)
-
-
-def _choose(
-    images: Images, preset: DataPreset, split: str, name: str
-) -> tuple[range | np.ndarray, list[str]]:
-    """The source indices of `split`, and the lines that the user should see about them."""
-    if split == "all":
-        return range(len(images)), []
-    notes: list[str] = []
-    splits: Mapping[str, range | np.ndarray]
-    if preset.splits:
-        splits, notes = _ranges(len(images), preset.splits)
-    else:
-        assert isinstance(images, FileImages)  # the demo set declares its splits
-        splits = _folder_splits(images.source) or _hashed_splits(images.source)
-    if split not in splits:
-        known = ", ".join([*splits, "all"])
-        raise UserError(f"split {split!r} of {name} is unknown; choose one of {known}")
-    return splits[split], notes
 
 
 def _ranges(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import UserError
 
-FITS = ("stretch", "center")
+FITS = ("stretch", "center", "enlarge")
+_ENLARGED = 1.1  # sides before the cut of fit "enlarge", relative to those after
 _PADDING = 2  # pixels between and around the images of a grid
 
 
@@ -71,15 +72,25 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 def fit_square(image: Image.Image, size: int, fit: str) -> Image.Image:
     """`image` as (size, size): bilinear with antialiasing, as Pillow resizes.
 
-    `fit` "stretch" resizes the whole image, "center" first cuts the centred square.
+    `fit` "stretch" resizes the whole image, "center" first cuts the centred square, "enlarge"
+    resizes the whole to int(1.1 · size) a side and then cuts the centred square (LFW).
     """
+    if fit == "enlarge":
+        return _centred_square(_resized(image, int(_ENLARGED * size)), size)
     if fit == "center":
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if image.size == (size, size):
+        image = _centred_square(image, min(image.size))
+    return _resized(image, size)
+
+
+def _centred_square(image: Image.Image, side: int) -> Image.Image:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _resized(image: Image.Image, side: int) -> Image.Image:
+    if image.size == (side, side):
         return image
-    return image.resize((size, size), Image.Resampling.BILINEAR)
+    return image.resize((side, side), Image.Resampling.BILINEAR)
 
 
 def transform(

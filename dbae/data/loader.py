@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .datasets import ImageDataset, Item, user_error_from_worker
-from .order import RankBatches
 
 
 class Batch(NamedTuple):
@@ -30,7 +29,7 @@ def default_workers(dataset: ImageDataset, processes_here: int) -> int:
 
 
 def load_batches(
-    dataset: ImageDataset, batches: RankBatches, num_workers: int, pin_memory: bool
+    dataset: ImageDataset, batches: Iterable[list[int]], num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     """Yield one Batch per index list. A bad image in a worker raises the UserError it is."""
     loader = DataLoader(

@@ -93,13 +93,13 @@ class _Named:
 
 
 class FolderSource(_Named):
-    """The image files below a folder, in the order of their relative names."""
+    """Image files below a folder: all, in the order of their relative names, or those given."""
 
     kind = "folder"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, names: list[str] | None = None) -> None:
         self.path = path
-        self._names = _walk(path)
+        self._names = _walk(path) if names is None else names
         if not self._names:
             raise UserError(f"folder {path} holds no images ({_IMAGE_WORDS})")
 
@@ -110,10 +110,11 @@ class FolderSource(_Named):
             raise bad_image(self._names[i], f"cannot be read ({error.strerror})") from error
 
     def sidecar(self, name: str) -> str | None:
-        return _read_text(Path(self.path, name))
+        return read_text(Path(self.path, name))
 
 
-def _read_text(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """The text of a file, U+FFFD for what is not UTF-8; None where there is no such file."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
@@ -238,8 +239,12 @@ class LmdbSource:
         return bytes(data)
 
     def sidecar(self, name: str) -> str | None:
-        folder = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
-        return _read_text(Path(folder, name))
+        return read_text(Path(self.folder, name))
+
+    @property
+    def folder(self) -> str:
+        """Where the database file lies."""
+        return self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
 
 
 class _Handle:
