@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -40,11 +41,12 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
 
 
-def _parse_integers(text: str) -> tuple[int, ...]:
+def _parse_numbers(text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
     try:
-        return tuple(int(part) for part in text.split(",") if part)
+        return tuple(kind(part) for part in text.split(",") if part)
     except ValueError:
-        message = f"expected whole numbers separated by commas, found {text!r}"
+        which = "whole numbers" if kind is int else "numbers"
+        message = f"expected {which} separated by commas, found {text!r}"
         raise argparse.ArgumentTypeError(message) from None
 
 
@@ -60,7 +62,8 @@ def _converter(annotation: Any) -> Callable[[str], Any]:
     if annotation is bool:
         return parse_bool
     if typing.get_origin(annotation) is tuple:
-        return _parse_integers if int in typing.get_args(annotation) else _parse_words
+        kind = typing.get_args(annotation)[0]
+        return _parse_words if kind is str else functools.partial(_parse_numbers, kind=kind)
     return typing.cast(Callable[[str], Any], annotation)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -26,8 +27,8 @@ T = TypeVar("T")
 class Context:
     """This process's place among all processes of the run.
 
-    `Context()` is a single CPU process. `barrier`, `gather_objects` and
-    `all_reduce_sum` are collectives: all ranks must call them.
+    `Context()` is a single CPU process. `barrier`, `gather_objects`,
+    `ranks_here` and `all_reduce_sum` are collectives: all ranks must call them.
     """
 
     rank: int = 0
@@ -53,6 +54,10 @@ class Context:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, obj)
         return gathered
+
+    def ranks_here(self) -> int:
+        """How many ranks share this machine with this one. A collective."""
+        return self.gather_objects(platform.node()).count(platform.node())
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of every rank's tensor as a new tensor on the input's device; the input is kept."""

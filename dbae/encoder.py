@@ -17,6 +17,7 @@ ENCODER_MULTIPLIERS = {
     256: (1, 1, 2, 2, 4, 4, 4),
 }
 _ATTENTION_RESOLUTION = 16
+DEAD_STD = 0.01  # a dimension of z whose standard deviation is below this is called dead
 
 
 class Encoder(nn.Module):

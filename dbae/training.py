@@ -28,6 +28,7 @@ from .data.loader import Batch, default_workers, load_batches
 from .data.order import BatchOrder, RankBatches
 from .distributed import Context
 from .ema import Ema
+from .encoder import DEAD_STD
 from .errors import UserError
 from .model import DBAE
 from .presets import ModelConfig, TrainConfig
@@ -35,7 +36,6 @@ from .random import fold, normal, uniform
 from .runlog import RunLog
 
 _GRID_IMAGES = 8
-_DEAD_STD = 0.01  # a dimension of z that varies less than this over a log interval is dead
 # DDP's name for it changed in torch 2.13.
 _LOCAL_BUFFERS: dict[str, Any] = (
     {"forward_sync_buffers": False}
@@ -214,8 +214,7 @@ class Trainer:
         )
         workers = config.num_workers
         if workers < 0:
-            hosts = context.gather_objects(platform.node())
-            workers = default_workers(self.dataset, hosts.count(platform.node()))
+            workers = default_workers(self.dataset, context.ranks_here())
         return load_batches(self.dataset, batches, workers, self.device.type == "cuda")
 
     def _autocast(self) -> torch.autocast:
@@ -433,7 +432,7 @@ class Sums:
             "grad_norm_encoder": grad_encoder / max(finite, 1),
             "z_norm": z_norm / count,
             "z_std": float(std.mean()),
-            "z_dead": float((std < _DEAD_STD).double().mean()),
+            "z_dead": float((std < DEAD_STD).double().mean()),
         }
 
 

@@ -68,6 +68,10 @@ class Pca:
             return f"{components} components are more than the {values} values of an image"
         return None
 
+    def project(self, batch: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) → float32 (N, components)."""
+        return torch.from_numpy(self._pca.transform(_values(batch)).astype(np.float32))
+
     def reconstruct(self, batch: Tensor) -> Tensor:
         """The projection of each image, clamped to [0, 255] and rounded."""
         projected = self._pca.inverse_transform(self._pca.transform(_values(batch)))

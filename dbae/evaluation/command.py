@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import cli
@@ -13,6 +13,7 @@ from ..checkpoint import load_model
 from ..distributed import DEVICES, Context, join
 from ..errors import UserError
 from ..model import DBAE
+from .probing import METRICS, ProbeConfig, Task, run
 
 # Ranks meet only at the end; one may wait for another's last batch, which is slow on a CPU.
 _TIMEOUT_S = 3600
@@ -61,3 +62,22 @@ def check_trained_on(model: DBAE, dataset: str) -> None:
         raise UserError(
             f"the checkpoint was trained on {trained}, not on {dataset}: say {trained} as DATASET"
         )
+
+
+def probe(
+    description: str | None,
+    config_class: type[ProbeConfig],
+    task: Task,
+    arguments: Sequence[str] | None,
+) -> int:
+    """The entry point of a linear probe: parse, load, probe, print."""
+    options = parser(description, config_class).parse_args(arguments)
+    config = config_class(**cli.given(options, config_class))
+    with loaded(options) as (model, context):
+        if config.dataset is not None:
+            check_trained_on(model, config.dataset)
+        result = run(model, config, task, context, options.checkpoint)
+        if result:
+            print(f"\n{result.table}\n")
+            print(result.folder / METRICS)
+    return 0

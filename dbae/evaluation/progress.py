@@ -16,12 +16,20 @@ class Progress:
         images: how many all ranks do together.
         steps: `step_done` calls per batch (sampler steps), 0 where the batch is the step.
         active: whether anything is shown.
+        unit: what is counted, where it is not images.
     """
 
     def __init__(
-        self, done: str, batches: int, images: int, steps: int = 0, *, active: bool
+        self,
+        done: str,
+        batches: int,
+        images: int,
+        steps: int = 0,
+        *,
+        active: bool,
+        unit: str = "images",
     ) -> None:
-        self._what, self._steps = done, steps
+        self._what, self._steps, self._unit = done, steps, unit
         self._images, self._batches, self._done = images, batches, 0
         self._started = self._last = time.monotonic()
         self._active = active
@@ -45,13 +53,13 @@ class Progress:
         if self._bar is not None:
             if not self._steps:
                 self._bar.update()
-            self._bar.set_postfix_str(f"{rate:.1f} images/s")
+            self._bar.set_postfix_str(f"{rate:.1f} {self._unit}/s")
         elif self._active and (last or now - self._last > 10):
             self._last = now
             left = (self._batches - self._done) / self._batches * self._images / rate
             print(
                 f"{self._what} {self._done * self._images // self._batches}/{self._images} "
-                f"images, {rate:.1f} images/s, ETA {left:.0f} s",
+                f"{self._unit}, {rate:.1f} {self._unit}/s, ETA {left:.0f} s",
                 flush=True,
             )
 

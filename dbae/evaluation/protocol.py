@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -112,6 +112,26 @@ def model_facts(model: DBAE, checkpoint: Path | None) -> dict[str, Any]:
     }
 
 
+def sampling_facts(
+    model: DBAE,
+    config: SamplingConfig,
+    checkpoint: Path | None,
+    rounding: str = "round((x + 1) * 127.5)",
+) -> dict[str, Any]:
+    """What made images: weights, sampler, noise, conversions; JSON-able, for the protocol."""
+    return {
+        **model_facts(model, checkpoint),
+        "batch_size": config.batch_size,
+        **config.sampler_options(),
+        "seed": config.seed,
+        "clip_denoised": True,
+        "latent": latent_used(model, config.latent),
+        "image_range": "[-1, 1] for the model",
+        "image_8_bit": f"{rounding}, clamped to 0..255",
+        "device": next(model.parameters()).device.type,
+    }
+
+
 def latent_used(model: DBAE, latent: str) -> str:
     """Which z a result was made with: deterministic, or the sample or mean of an encoder."""
     return latent if model.config.stochastic else "deterministic"
@@ -137,6 +157,15 @@ def versions(*packages: str) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def text_table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows of cells, the first of them the head, as an aligned table for the terminal."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in cells]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def sha256(path: Path) -> str:

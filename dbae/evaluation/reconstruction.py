@@ -17,6 +17,7 @@ from ..data.images import image_grid, to_model_range, to_uint8
 from ..distributed import Context
 from ..errors import UserError
 from ..model import DBAE
+from ..sampling import Samples
 from . import results
 from .baselines import MeanImage, Pca, training_positions
 from .metrics import floor_uint8, load_lpips
@@ -24,9 +25,8 @@ from .progress import Progress
 from .protocol import (
     SamplingConfig,
     enlarged,
-    latent_used,
-    model_facts,
     require_at_least,
+    sampling_facts,
     seen_in_training,
     write_png,
 )
@@ -93,19 +93,45 @@ def reconstruct_images(
     Returns:
         (images in [-1, 1], x_T unclamped, both (N, 3, S, S); denoiser calls per image).
     """
-    seed, device = config.seed, x0.device
+    z = encode(model, x0, config, positions)
+    x_T = model.endpoint(z)
+    out = sample_images(model, z, x_T, config, positions, callback)
+    return out.images, x_T, out.nfe
+
+
+@torch.no_grad()
+def encode(model: DBAE, x0: Tensor, config: SamplingConfig, positions: Sequence[int]) -> Tensor:
+    """z (N, latent_dim) of images (N, 3, S, S) in [-1, 1], as `config.latent` says.
+
+    A stochastic encoder's noise for image i depends on `config.seed` and positions[i] alone.
+    """
     noise = None
     if model.config.stochastic and config.latent == "sample":
-        noise = random.normal(seed, "latent", positions, (model.config.latent_dim,), device)
-    z = model.encode(x0, mean=config.latent == "mean", noise=noise)
-    x_T = model.endpoint(z)
+        shape = (model.config.latent_dim,)
+        noise = random.normal(config.seed, "latent", positions, shape, x0.device)
+    return model.encode(x0, mean=config.latent == "mean", noise=noise)
+
+
+def sample_images(
+    model: DBAE,
+    z: Tensor,
+    x_T: Tensor,
+    config: SamplingConfig,
+    positions: Sequence[int],
+    callback: Callable[[Any], None] | None = None,
+) -> Samples:
+    """Sample from x_T (N, 3, S, S), given z (N, latent_dim), with the config's sampler.
+
+    Churn noise i depends on `config.seed`, the step and positions[i] alone, so that images of the
+    same position differ by their z and x_T only.
+    """
     step = itertools.count()
 
     def churn_noise(x: Tensor) -> Tensor:
-        return random.normal(seed, f"churn{next(step)}", positions, tuple(x.shape[1:]), device)
+        stream = f"churn{next(step)}"
+        return random.normal(config.seed, stream, positions, tuple(x.shape[1:]), x.device)
 
-    out = model.sample(z, x_T, noise=churn_noise, callback=callback, **config.sampler_options())
-    return out.images, x_T, out.nfe
+    return model.sample(z, x_T, noise=churn_noise, callback=callback, **config.sampler_options())
 
 
 def run(
@@ -323,17 +349,9 @@ def _protocol(
     return {
         "split": config.split,
         "selection": "the first n images of the split, in its order",
-        **model_facts(model, checkpoint),
         "num_samples": config.num_samples,
-        "batch_size": config.batch_size,
-        **config.sampler_options(),
-        "seed": config.seed,
-        "clip_denoised": True,
-        "latent": latent_used(model, config.latent),
-        "image_range": "[-1, 1] for the model",
-        "image_8_bit": f"{rounding}, clamped to 0..255",
+        **sampling_facts(model, config, checkpoint, rounding),
         "world_size": context.world_size,
-        "device": context.device.type,
     }
 
 

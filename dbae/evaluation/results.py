@@ -23,7 +23,8 @@ from torch import Tensor
 from ..checkpoint import atomic_file, write_text
 from ..errors import UserError
 from .metrics import Lpips, mse, reference_mse, reference_ssim, ssim, summary
-from .protocol import versions
+from .protocol import text_table, versions
+from .published import reconstruction_of
 
 METRICS_FILE = "metrics.json"
 UNFINISHED = "unfinished"  # a run writes to this folder until it is complete
@@ -33,13 +34,6 @@ _OURS = re.compile(  # whole or, after a kill, temporary
     r"|samples_\d+x\d+x\d+x3_nfe\d+\.npz|metrics\.json|comparison\.png)(\.\d+\.tmp)?"
 )
 _FOLDER = re.compile(r"(euler|heun)_([\d.e+-]+)_(\d+)_w=([\d.e+-]+)_churn=([\d.e+-]+)")
-# Table 2 of the DBAE paper, to be printed beside one's own figures on the same images.
-_PUBLISHED = (
-    "published (FFHQ model, CelebA-HQ at 128 pixels, latent 512; MSE and SSIM of Euler-100, LPIPS "
-    "of the churned SDE, counted by the published script): DBAE MSE 0.00481, SSIM 0.920, "
-    "LPIPS 0.094; DBAE-d MSE 0.00249, SSIM 0.953, LPIPS 0.072"
-)
-
 Scores = dict[str, list[float]]  # metric → one figure per image
 
 
@@ -300,14 +294,23 @@ def table(metrics: dict[str, Any]) -> str:
             if "note" in row:
                 about.setdefault(row["note"], []).append(row["label"])
     notes += [f"{'; '.join(labels)}: {note}" for note, labels in about.items()]
-    cells = [[str(cell) for cell in row] for row in rows]
     dataset, model = protocol.get("dataset", {}), protocol.get("model", {})
     if (dataset.get("dataset"), model.get("image_size")) == ("celebahq", 128):
-        notes.append(_PUBLISHED)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in cells]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([line.rstrip() for line in lines] + notes)
+        notes.append(_published())
+    return "\n".join([text_table(rows), *notes])
+
+
+def _published() -> str:
+    """The paper's figures for DBAE, as a note under one's own on the same images."""
+    rows = map(reconstruction_of, ("DBAE", "DBAE-d"))
+    figures = "; ".join(
+        f"{row.method} MSE {row.mse:.5f}, SSIM {row.ssim:.3f}, LPIPS {row.lpips:.3f}"
+        for row in rows
+    )
+    return (
+        "published (FFHQ model, CelebA-HQ at 128 pixels, latent 512; MSE and SSIM of Euler-100, "
+        f"LPIPS of the churned SDE, counted by the published script): {figures}"
+    )
 
 
 def _figures(row: dict[str, Any]) -> list[str]:
