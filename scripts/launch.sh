@@ -52,6 +52,18 @@ has_flag() {
     return 1
 }
 
+# flag_value NAME ARGUMENT…: the last value of --NAME among the arguments, nothing without one.
+flag_value() {
+    local name="--$1" argument previous="" value=""
+    shift
+    for argument; do
+        if [[ "$previous" == "$name" ]]; then value="$argument"; fi
+        if [[ "$argument" == "$name="* ]]; then value="${argument#*=}"; fi
+        previous="$argument"
+    done
+    printf '%s' "$value"
+}
+
 # wants_help ARGUMENT…
 wants_help() {
     local argument
@@ -105,6 +117,86 @@ data_root() {
         horse) printf '%s' "$HORSE_DIR" ;;
         lfw) printf '%s' "$LFW_DIR" ;;
     esac
+}
+
+# --- Command lines that several launchers share ---------------------------------------------------
+
+SAMPLING_NAMES=(DATASET SCHEDULE MODEL_PATH CHURN_STEP_RATIO GUIDANCE SPLIT RHO GEN_SAMPLER N STO)
+SAMPLING_DETAILS="
+  SCHEDULE          ${SCHEDULES[*]}
+  MODEL_PATH        a checkpoint (ema_….pt); the architecture is stored in it
+  CHURN_STEP_RATIO  0: deterministic (ODE); above 0 and below 1: stochastic (SDE; documented: 0.33)
+  GUIDANCE          1 in every documented run
+  SPLIT             part of the data set: train, valid, test, all
+  RHO               curvature of the time grid (7)
+  GEN_SAMPLER       euler or heun
+  N                 points of the time grid
+  STO               does the model have a stochastic encoder: true or false"
+ENVIRONMENT_DETAILS="
+
+  Data roots and number of GPUs: args.sh or environment variables of the same names.
+  Environment: LAUNCHER, NPROC, NNODES, DRY_RUN: see scripts/launch.sh."
+
+# launch_sampling ENTRY ARGUMENT…: the ten positional words that name a model and a sampler, then
+# flags. The launcher has set USAGE and DETAILS.
+launch_sampling() {
+    local entry="$1" root count
+    shift
+    if wants_help "$@"; then print_help "$entry"; fi
+    take_positional "$@"
+    count="${#POSITIONAL[@]}"
+    ((count >= ${#SAMPLING_NAMES[@]})) ||
+        usage_error "${SAMPLING_NAMES[$count]} is missing ($count of ${#SAMPLING_NAMES[@]} given)"
+    ((count == ${#SAMPLING_NAMES[@]})) || usage_error "'${POSITIONAL[10]}' is one word too many"
+    one_of SCHEDULE "${POSITIONAL[1]}" "${SCHEDULES[@]}"
+    [[ -n "${POSITIONAL[2]}" ]] || usage_error "MODEL_PATH is empty"
+    number CHURN_STEP_RATIO "${POSITIONAL[3]}"
+    number GUIDANCE "${POSITIONAL[4]}"
+    number RHO "${POSITIONAL[6]}"
+    one_of GEN_SAMPLER "${POSITIONAL[7]}" euler heun
+    positive_integer N "${POSITIONAL[8]}"
+    one_of STO "${POSITIONAL[9]}" true false
+    local arguments=(
+        --dataset "${POSITIONAL[0]}" --schedule "${POSITIONAL[1]}" --checkpoint "${POSITIONAL[2]}"
+        --churn "${POSITIONAL[3]}" --guidance "${POSITIONAL[4]}" --split "${POSITIONAL[5]}"
+        --rho "${POSITIONAL[6]}" --sampler "${POSITIONAL[7]}" --steps "${POSITIONAL[8]}"
+        --stochastic "${POSITIONAL[9]}"
+    )
+    shift "$count"
+    root="$(data_root "${POSITIONAL[0]}")"
+    if [[ -n "$root" ]] && ! has_flag data_dir "$@"; then arguments+=(--data_dir "$root"); fi
+    launch "$entry" "${arguments[@]}" "$@"
+}
+
+# launch_probe ENTRY PAPERS_DATA ARGUMENT…: DATASET SCHEDULE MODEL_PATH [STO], then flags. The paper
+# probes on one data set whatever the model was trained on; the demo set and a folder of one's own
+# probe themselves; --probe_data says otherwise.
+launch_probe() {
+    local entry="$1" probe="$2" root
+    shift 2
+    if wants_help "$@"; then print_help "$entry"; fi
+    take_positional "$@"
+    ((${#POSITIONAL[@]} >= 3)) || usage_error "DATASET, SCHEDULE and MODEL_PATH are needed"
+    ((${#POSITIONAL[@]} <= 4)) || usage_error "'${POSITIONAL[4]}' is one word too many"
+    one_of SCHEDULE "${POSITIONAL[1]}" "${SCHEDULES[@]}"
+    [[ -n "${POSITIONAL[2]}" ]] || usage_error "MODEL_PATH is empty"
+    local arguments=(
+        --dataset "${POSITIONAL[0]}" --schedule "${POSITIONAL[1]}" --checkpoint "${POSITIONAL[2]}"
+    )
+    if ((${#POSITIONAL[@]} == 4)); then
+        one_of STO "${POSITIONAL[3]}" true false
+        arguments+=(--stochastic "${POSITIONAL[3]}")
+    fi
+    case "${POSITIONAL[0]}" in demo | folder) probe="${POSITIONAL[0]}" ;; esac
+    shift "${#POSITIONAL[@]}"
+    if has_flag probe_data "$@"; then
+        probe="$(flag_value probe_data "$@")"
+    else
+        arguments+=(--probe_data "$probe")
+    fi
+    root="$(data_root "$probe")"
+    if [[ -n "$root" ]] && ! has_flag data_dir "$@"; then arguments+=(--data_dir "$root"); fi
+    launch "$entry" "${arguments[@]}" "$@"
 }
 
 # --- How many processes, started by what ---------------------------------------------------------
