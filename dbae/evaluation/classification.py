@@ -22,7 +22,7 @@ from .probes import (
     fit_logistic,
     fit_paper_classifier,
 )
-from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, paper_options
+from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, paper_options, show_history
 from .progress import Progress
 
 LOGISTIC = "logistic.pt"  # the converged probe, in the form of best.pt
@@ -66,8 +66,9 @@ class Classification:
                 targets,
                 found.valid,
                 parts.valid.targets,
-                **paper_options(config, context, "valid_ap"),
+                **paper_options(config, context),
             )
+            show_history(paper.history, "valid_ap", context)
             about = {"probe": "paper", "best_epoch": paper.best_epoch, "history": paper.history}
             yield Fitted(paper.probe, about, BEST)
         if config.protocol != "paper":

@@ -143,15 +143,22 @@ def load_lpips(
     The backbone's file is looked for in `weights_dir`, then in torch.hub's checkpoints; a file of
     the wrong hash or content is a reason like its absence. UserError: `weights_dir` is no folder.
     """
+    path = find_alexnet(weights_dir)
+    return _lpips_from_file(path, device) if path else (None, LPIPS_MISSING)
+
+
+def find_alexnet(weights_dir: str | Path | None = None) -> Path | None:
+    """The backbone's file in `weights_dir` or torch.hub's checkpoints, None where it is in neither.
+
+    UserError: `weights_dir` is no folder.
+    """
     folders = [Path(torch.hub.get_dir()) / "checkpoints"]
     if weights_dir is not None:
         if not Path(weights_dir).is_dir():
             raise UserError(f"--weights_dir {weights_dir} is not a folder")
         folders.insert(0, Path(weights_dir))
-    for folder in folders:
-        if (folder / ALEXNET_FILE).is_file():
-            return _lpips_from_file(folder / ALEXNET_FILE, device)
-    return None, LPIPS_MISSING
+    found = (folder / ALEXNET_FILE for folder in folders)
+    return next((path for path in found if path.is_file()), None)
 
 
 def _lpips_from_file(

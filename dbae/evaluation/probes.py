@@ -28,7 +28,6 @@ from ..random import fold
 Array = npt.NDArray[Any]
 Figure = dict[str, float | None]  # {"value", "low", "high"}: a figure, its 95 % bootstrap interval
 TrainFeatures = Tensor | Callable[[int], Tensor]  # (n, d), or a function from an epoch to it
-Progress = Callable[[int, dict[str, Any]], None]
 
 LOGISTIC_PENALTIES = tuple(10.0**power for power in range(1, -7, -1))
 RIDGE_PENALTIES = tuple(10.0 ** (power / 4) for power in range(16, -25, -1))
@@ -91,7 +90,6 @@ def fit_paper_classifier(
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
 ) -> PaperFit:
     """The paper's classifier (Table 1): a linear layer, binary cross-entropy, Adam.
 
@@ -99,10 +97,10 @@ def fit_paper_classifier(
     a positive there).
 
     features: (n, d), or a function from the epoch (0, 1, …) to it, since each epoch may see other
-    flips of the images and other draws of z. targets: (n, k) of 0 and 1. `progress(epoch, row)` is
-    called with each row of the history. Probes are on the CPU. The same seed gives the same result
-    on the same device; the global random state is left alone. Raises ValueError on shapes that do
-    not fit, numbers that are not finite, other labels, a validation part without any positive.
+    flips of the images and other draws of z. targets: (n, k) of 0 and 1. Probes are on the
+    CPU. The same seed gives the same result on the same device; the global random state is left
+    alone. Raises ValueError on shapes that do not fit, numbers that are not finite, other labels,
+    a validation part without any positive.
     """
     _check_binary(targets, valid_targets)
     _check_pairs(valid_features, valid_targets)
@@ -117,7 +115,7 @@ def fit_paper_classifier(
 
     loss = F.binary_cross_entropy_with_logits
     training = _train_linear(features, targets, loss, epochs, lr, batch_size, seed, device)
-    return _choose_epoch(training, "valid_ap", mean_ap, max, progress)
+    return _choose_epoch(training, "valid_ap", mean_ap, max)
 
 
 def fit_paper_regressor(
@@ -131,7 +129,6 @@ def fit_paper_regressor(
     batch_size: int = 64,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
 ) -> PaperFit:
     """The paper's regressor (Table 1): a linear layer, mean squared error, Adam, raw labels.
 
@@ -146,7 +143,7 @@ def fit_paper_regressor(
         return float(np.square(as_array(probe(valid_features)) - truth).mean())
 
     training = _train_linear(features, targets, F.mse_loss, epochs, lr, batch_size, seed, device)
-    return _choose_epoch(training, "valid_mse", mse, min, progress)
+    return _choose_epoch(training, "valid_mse", mse, min)
 
 
 def _train_linear(
@@ -197,16 +194,12 @@ def _choose_epoch(
     figure: str,
     validate: Callable[[LinearProbe], float],
     choose: Callable[..., int],
-    progress: Progress | None,
 ) -> PaperFit:
     history: list[dict[str, Any]] = []
     probes: list[LinearProbe] = []
     for epoch, (train_loss, probe) in enumerate(training, start=1):
-        row = {"epoch": epoch, "train_loss": train_loss, figure: validate(probe)}
-        history.append(row)
+        history.append({"epoch": epoch, "train_loss": train_loss, figure: validate(probe)})
         probes.append(probe)
-        if progress is not None:
-            progress(epoch, row)
     best = choose(range(len(history)), key=lambda index: history[index][figure])
     return PaperFit(probes[best], probes[-1], best + 1, history)
 

@@ -380,23 +380,21 @@ def _usable(parts: Parts, task: Task, context: Context) -> tuple[Parts, list[dic
     return dataclasses.replace(parts, train=train, valid=valid, test=test, names=names), left_out
 
 
-def paper_options(config: ProbeConfig, context: Context, figure: str) -> dict[str, Any]:
-    """The keywords of the paper's recipe; each epoch prints a line with this validation figure."""
-
-    def show(_: int, row: dict[str, Any]) -> None:
-        context.print(
-            f"epoch {row['epoch']}/{config.epochs} loss={row['train_loss']:.4f} "
-            f"{figure}={row[figure]:.4f}"
-        )
-
+def paper_options(config: ProbeConfig, context: Context) -> dict[str, Any]:
+    """The keywords of the paper's recipe."""
     return {
         "epochs": config.epochs,
         "lr": config.lr,
         "batch_size": config.probe_batch_size,
         "seed": config.seed,
         "device": context.device,
-        "progress": show,
     }
+
+
+def show_history(history: Sequence[dict[str, Any]], figure: str, context: Context) -> None:
+    """Print a validation figure of each epoch on one line."""
+    values = " ".join(f"{row[figure]:.3f}" for row in history)
+    context.print(f"{figure} by epoch: {values}")
 
 
 def _save(
@@ -435,6 +433,8 @@ def _protocol(
     return {
         **facts,
         "probe_data": config.probe_data,
+        "num_train": config.num_train,
+        "num_test": config.num_test,
         "labels": parts.source,
         "division": parts.division,
         "parts": {

@@ -21,7 +21,7 @@ from .probes import (
     regression_base_rate,
     regression_scores,
 )
-from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, paper_options
+from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, paper_options, show_history
 
 RIDGE = "ridge.pt"  # the closed-form probe, in the form of best.pt
 
@@ -69,8 +69,9 @@ class Regression:
                 targets,
                 found.valid,
                 parts.valid.targets,
-                **paper_options(config, context, "valid_mse"),
+                **paper_options(config, context),
             )
+            show_history(paper.history, "valid_mse", context)
             yield Fitted(
                 paper.last,
                 {"probe": "paper, last epoch", "epoch": config.epochs, "history": paper.history},
