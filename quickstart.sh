@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole way in a few minutes: install, train a small DBAE on drawn demo images, reconstruct
-# images that it never saw, and score them. Arguments are handed on to the training as flags:
+# The whole way in a few minutes: install, train a small DBAE on drawn demo images; reconstruct
+# images that it never saw, probe z, interpolate, edit attributes, and put all of it into one HTML
+# page. Arguments are handed on to the training as flags:
 #   bash quickstart.sh --max_steps 1000
 set -euo pipefail
 # shellcheck source=scripts/launch.sh
@@ -38,17 +39,31 @@ newest_model() {
     printf '%s' "$best"
 }
 
-# reconstruct MODEL [FLAG…]: 256 unseen images with 10 Euler steps, beside two simple baselines.
-reconstruct() {
-    local model="$1"
-    shift
-    bash "$REPO/recon_dbae.sh" demo vp "$model" 0 1 test 7 euler 10 false \
-        --num_samples 256 --baselines true "$@"
+# evaluate MODEL: 256 unseen images with 10 Euler steps, beside two simple baselines; probes of z;
+# strips; the page.
+evaluate() {
+    local model="$1" sampler=(0 1 test 7 euler 10 false)
+    bash "$REPO/recon_dbae.sh" demo vp "$model" "${sampler[@]}" \
+        --num_samples 256 --baselines true
+    echo
+    echo "-- Which attributes can be read off z by a linear classifier?"
+    bash "$REPO/infer_class_dbae.sh" demo vp "$model" false \
+        --num_train 2000 --num_test 1000 --flip false --compare pca,untrained
+    echo
+    echo "-- From one image to another through z"
+    bash "$REPO/interpol_dbae.sh" demo vp "$model" "${sampler[@]}"
+    echo
+    echo "-- Attributes changed through z"
+    bash "$REPO/manipul_dbae.sh" demo vp "$model" "${sampler[@]}" \
+        --attributes glasses,hat --recompute_x_T true --num_measured 32
+    echo
+    "$PYTHON" "$REPO/scripts/dbae_report.py" "$(dirname -- "$model")"
 }
 
-# pictures DIR: the pictures worth a look; more lie beside them.
+# pictures DIR: the page, and the pictures worth a look; more lie beside them.
 pictures() {
-    find "$1" \( -name comparison.png -o -path '*/samples/*.png' \) | sort | sed 's/^/    /'
+    find "$1" \( -name report.html -o -name comparison.png -o -name interpolation_x0.png \
+        -o -name '*_manipulated_x0.png' -o -path '*/samples/*.png' \) | sort | sed 's/^/    /'
 }
 
 USAGE="bash quickstart.sh [--training-flags…]"
@@ -67,19 +82,20 @@ own_folder "$RUNS"
 bash "$REPO/train_dbae.sh" demo vp "$@" --workdir "$RUNS"
 
 echo
-echo "== 2. Reconstructing images that it never saw"
+echo "== 2. What it learned, on images that it never saw"
 model="$(newest_model "$RUNS")"
-reconstruct "$model"
+evaluate "$model"
 
 if [[ -f "$SHIPPED" ]]; then
     echo
     echo "== 3. The same with the model that comes with this repository (trained for longer)"
     own_folder "$RESULTS_SHIPPED"
-    reconstruct "$SHIPPED" --output_dir "$RESULTS_SHIPPED"
+    cp -- "$SHIPPED" "$RESULTS_SHIPPED"
+    evaluate "$RESULTS_SHIPPED/$(basename -- "$SHIPPED")"
 fi
 
 echo
-echo "== Pictures: originals and reconstructions, after and during the training"
+echo "== Pages (open them in a browser) and pictures"
 pictures "$RUNS"
 if [[ -f "$SHIPPED" ]]; then pictures "$RESULTS_SHIPPED"; fi
 echo "== Your model"

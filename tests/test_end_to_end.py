@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -15,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dbae import load_model
-from dbae.data import open_dataset, to_model_range, to_uint8
+from dbae import create_model, load_model
+from dbae.checkpoint import save_weights
+from dbae.data import CELEBA_ATTRIBUTES, open_dataset, to_model_range, to_uint8
 from dbae.evaluation.baselines import Pca, training_positions
 from dbae.evaluation.metrics import mse
 
@@ -87,6 +90,95 @@ def test_train_resume_reconstruct_and_score_by_the_documented_lines(
     again = json.loads((folder / "metrics.json").read_text())
     assert again["mse"] == stored["mse"] and again["ssim"] == stored["ssim"]
     assert again["mse"]["n"] == 4
+
+
+def small_model(folder: Path, **options: Any) -> Path:
+    """An untrained checkpoint in the form of a training run's."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    model = create_model("demo", latent_dim=5, endpoint_channels=4, **options)
+    save_weights(folder / "ema_0.9999_000012.pt", model.eval())
+    return folder / "ema_0.9999_000012.pt"
+
+
+def write_attributes(path: Path, names: Sequence[str], files: Sequence[str]) -> None:
+    """A file in CelebA's form with attributes that differ from image to image."""
+    rows = [
+        f"{file} " + " ".join("1" if (i + k) % (2 + k % 3) else "-1" for k in range(len(names)))
+        for i, file in enumerate(files)
+    ]
+    path.write_text("\n".join([str(len(files)), " ".join(names), *rows, ""]))
+
+
+def test_probe_interpolate_manipulate_and_report_by_the_documented_lines(
+    celeba: Path, tmp_path: Path
+) -> None:
+    names = [f"{i:06d}.jpg" for i in range(1, 41)]
+    write_attributes(celeba / "list_attr_celeba.txt", CELEBA_ATTRIBUTES, names)
+    model = str(small_model(tmp_path / "run", stochastic=True))
+    env = {"CELEBA_DIR": str(celeba)}
+    probed = bash(
+        str(ROOT / "infer_class_dbae.sh"), "celeba", "vp", model, "true", "--epochs", "1",
+        "--resamples", "10", "--probe_batch_size", "8", **env,
+    )  # fmt: skip
+    assert "published AP, z of 512" in probed.stdout and "(sample)" in probed.stdout
+    results = tmp_path / "run" / "sample_12"
+    downstream = results / "downstream_inference" / "multitask_ema"
+    assert {"best.pt", "test.txt", "metrics.json"} <= {p.name for p in downstream.iterdir()}
+    stored = json.loads((downstream / "metrics.json").read_text())
+    assert stored["protocol"]["division"] == "the data set's own splits"
+    assert stored["rows"][0]["n_train"] == 32
+
+    words = "celeba vp MODEL 0.33 1 train 7 heun 2 true".replace("MODEL", model).split(" ")
+    bash(str(ROOT / "interpol_dbae.sh"), *words, **env)
+    sampler = "heun_7.0_2_w=1.0_churn=0.33"
+    for name in ("interpolation_x0.png", "interpolation_xT.png", "interpolation.gif"):
+        assert (results / f"interpolation_{sampler}" / name).exists()
+    bash(
+        str(ROOT / "manipul_dbae.sh"), *words, "--attributes", stored_names(stored)[0],
+        "--num_measured", "3", **env,
+    )  # fmt: skip
+    folder = results / f"manipulation_{sampler}"
+    assert (folder / "img3_manipulated_x0.png").exists()
+    assert json.loads((folder / "metrics.json").read_text())["measured"]["n"] == 3
+
+    report = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/dbae_report.py"), str(tmp_path / "run")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert report.returncode == 0, report.stderr
+    page = (tmp_path / "run" / "report.html").read_text()
+    for section in ("classification", "interpolation", "manipulation"):
+        assert f'id="{section}' in page
+
+
+def stored_names(metrics: dict[str, Any]) -> list[str]:
+    return [entry["name"] for entry in metrics["rows"][0]["attributes"]]
+
+
+def test_the_papers_tables_from_what_is_there(celeba: Path, tmp_path: Path) -> None:
+    names = [f"{i:06d}.jpg" for i in range(1, 41)]
+    write_attributes(celeba / "list_attr_celeba.txt", CELEBA_ATTRIBUTES, names)
+    checkpoints = tmp_path / "checkpoints"
+    small_model(checkpoints / "ffhq128_128_512d_false_vp", stochastic=False)
+    command = [str(ROOT / "reproduce.sh"), str(checkpoints), "--limit", "6"]
+    env = {"CELEBA_DIR": str(celeba), "DATA_ROOT": str(tmp_path / "nothing")}
+    done = bash(*command, **env)
+    for missing in (
+        "checkpoint of DBAE trained on FFHQ", "ffhq128_128_512d_true_vp/ema_0.9999_*.pt",
+        "nothing/celebahq/data.mdb", "peopleDevTrain.txt", "alexnet-owt-7be5be79.pth",
+    ):  # fmt: skip
+        assert any(
+            line.startswith("missing: ") and missing in line for line in done.stdout.splitlines()
+        ), missing
+    row = next(line for line in done.stdout.splitlines() if "FFHQ" in line and "AP, paper" in line)
+    assert row.startswith("DBAE-d trained on FFHQ") and row.endswith("0.656")
+    assert 0 < float(row.split("AP, paper")[1].split("[")[0]) <= 1
+    assert "DBAE-d trained on FFHQ, regression: missing" in done.stdout
+    assert "compare with nothing" in done.stdout
+    again = bash(*command, **env)
+    assert "done before: " in again.stdout and "encoded" not in again.stdout
+    assert (checkpoints / "reproduction.txt").read_text() in again.stdout
 
 
 def test_two_cpu_processes_train_by_the_launcher(tmp_path: Path) -> None:

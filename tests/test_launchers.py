@@ -17,7 +17,8 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 LAUNCHER_FILES = (
     "args.sh", "scripts/launch.sh", "train_dbae.sh", "recon_dbae.sh", "quickstart.sh",
-    "scripts/setup_env.sh",
+    "scripts/setup_env.sh", "infer_class_dbae.sh", "infer_reg_dbae.sh", "interpol_dbae.sh",
+    "manipul_dbae.sh", "reproduce.sh",
 )  # fmt: skip
 
 # Stands for $PYTHON: answers the launchers' questions about packages, records everything else.
@@ -141,9 +142,19 @@ def test_demo_uses_its_presets_encoder_unless_told(
     assert "--data_dir" not in found
 
 
-def test_recon_hands_on_the_documented_positionals(sandbox: Sandbox) -> None:
-    words = sandbox.words("recon_dbae.sh", *RECON, "--num_samples", "24")
-    assert words[0] == str(sandbox.repo / "scripts/dbae_reconstruction.py")
+@pytest.mark.parametrize(
+    ("script", "entry"),
+    [
+        ("recon_dbae.sh", "dbae_reconstruction.py"),
+        ("interpol_dbae.sh", "dbae_interpolation.py"),
+        ("manipul_dbae.sh", "dbae_manipulation.py"),
+    ],
+)
+def test_sampling_commands_hand_on_the_documented_positionals(
+    sandbox: Sandbox, script: str, entry: str
+) -> None:
+    words = sandbox.words(script, *RECON, "--seed", "24")
+    assert words[0] == str(sandbox.repo / "scripts" / entry)
     assert flags(words) == {
         "--dataset": "celebahq",
         "--schedule": "vp",
@@ -156,8 +167,52 @@ def test_recon_hands_on_the_documented_positionals(sandbox: Sandbox) -> None:
         "--steps": "333",
         "--stochastic": "false",
         "--data_dir": str(sandbox.repo / "data/celebahq"),
-        "--num_samples": "24",
+        "--seed": "24",
     }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "probe", "root"),
+    [
+        (["infer_class_dbae.sh", "celeba", "vp", "C.pt", "true"], "celeba", "data/celeba"),
+        (["infer_class_dbae.sh", "ffhq", "vp", "C.pt", "true"], "celeba", "data/celeba"),
+        (["infer_reg_dbae.sh", "ffhq", "vp", "C.pt", "true"], "lfw", "data/lfw"),
+        (["infer_class_dbae.sh", "demo", "vp", "C.pt", "true"], "demo", None),
+        (["infer_reg_dbae.sh", "folder", "vp", "C.pt", "true"], "folder", None),
+        (
+            ["infer_class_dbae.sh", "ffhq", "vp", "C.pt", "true", "--probe_data", "celebahq"],
+            "celebahq",
+            "data/celebahq",
+        ),
+        (["infer_class_dbae.sh", "ffhq", "vp", "C.pt", "true", "--probe_data=demo"], "demo", None),
+    ],
+)
+def test_probes_read_the_papers_data_the_models_own_or_what_is_said(
+    sandbox: Sandbox, arguments: list[str], probe: str, root: str | None
+) -> None:
+    words = sandbox.words(*arguments)
+    found = flags([part for word in words for part in word.split("=", 1)])
+    assert words[0].endswith(
+        "dbae_infer_class.py" if "class" in arguments[0] else "dbae_infer_reg.py"
+    )
+    assert (found["--dataset"], found["--schedule"]) == (arguments[1], "vp")
+    assert (found["--checkpoint"], found["--stochastic"]) == ("C.pt", "true")
+    assert found["--probe_data"] == probe and words.count("--probe_data") <= 1
+    assert found.get("--data_dir") == (root and str(sandbox.repo / root))
+    named = sandbox.words(*arguments, "--data_dir", "mine")
+    assert named.count("--data_dir") == 1 and flags(named)["--data_dir"] == "mine"
+
+
+def test_reproduce_is_told_where_the_data_lies(sandbox: Sandbox) -> None:
+    words = sandbox.words("reproduce.sh", "my checkpoints", "--limit", "5", LFW_DIR="/l f w")
+    assert words[:2] == [str(sandbox.repo / "scripts/dbae_reproduce.py"), "my checkpoints"]
+    assert flags(words) == {
+        "--celeba_dir": str(sandbox.repo / "data/celeba"),
+        "--celebahq_dir": str(sandbox.repo / "data/celebahq"),
+        "--lfw_dir": "/l f w",
+        "--limit": "5",
+    }
+    assert "--dry_run" in sandbox.words("reproduce.sh", "c", DRY_RUN="1")
 
 
 def test_roots_and_workdir_come_from_the_environment_too(sandbox: Sandbox) -> None:
@@ -173,7 +228,13 @@ def test_an_unknown_data_set_is_left_to_python(sandbox: Sandbox) -> None:
     assert flags(sandbox.words("train_dbae.sh", "nosuch", "vp"))["--dataset"] == "nosuch"
 
 
-@pytest.mark.parametrize("script", ["train_dbae.sh", "recon_dbae.sh"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "train_dbae.sh", "recon_dbae.sh", "infer_class_dbae.sh", "infer_reg_dbae.sh",
+        "interpol_dbae.sh", "manipul_dbae.sh",
+    ],
+)  # fmt: skip
 def test_help_shows_usage_then_the_entrys_help(sandbox: Sandbox, script: str) -> None:
     words = sandbox.words(script, "--help")
     assert words[0].startswith(f"usage: bash {script} DATASET SCHEDULE")
@@ -321,6 +382,12 @@ def changed(index: int, word: str) -> list[str]:
         ("recon_dbae.sh", changed(7, "ddim"), "GEN_SAMPLER is 'ddim'; it must be one of: euler"),
         ("recon_dbae.sh", changed(8, "0"), "N is '0'; it must be an integer of at least 1"),
         ("recon_dbae.sh", changed(9, "1"), "STO is '1'; it must be one of: true false"),
+        ("manipul_dbae.sh", RECON[:9], "STO is missing (9 of 10 given)"),
+        ("infer_class_dbae.sh", ["ffhq", "vp"], "DATASET, SCHEDULE and MODEL_PATH are needed"),
+        ("infer_reg_dbae.sh", ["ffhq", "v", "c"], "SCHEDULE is 'v'"),
+        ("infer_reg_dbae.sh", ["ffhq", "vp", "c", "yes"], "STO is 'yes'"),
+        ("infer_reg_dbae.sh", ["ffhq", "vp", "c", "true", "d"], "'d' is one word too many"),
+        ("reproduce.sh", [], "exactly one word is needed: CKPT_DIR"),
         ("quickstart.sh", ["demo"], "'demo' is not a flag"),
         ("quickstart.sh", ["--workdir", "x"], "set WORKDIR instead"),
         ("scripts/setup_env.sh", ["all"], "'all' is unknown"),
@@ -380,7 +447,9 @@ def demo(sandbox: Sandbox) -> Sandbox:
     return sandbox
 
 
-def test_quickstart_trains_and_reconstructs_with_the_newest_model(demo: Sandbox) -> None:
+def test_quickstart_evaluates_the_newest_model_and_the_shipped_one(
+    demo: Sandbox,
+) -> None:
     write_program(demo.repo / "assets/demo_model.pt", "")
     log, workdir = demo.away / "log", demo.away / "w w"
     for _ in range(2):  # again: its own folder is made anew
@@ -389,14 +458,20 @@ def test_quickstart_trains_and_reconstructs_with_the_newest_model(demo: Sandbox)
             "quickstart.sh", "--max_steps", "7", WORKDIR=str(workdir), STUB_LOG=str(log)
         )
         assert (done.returncode, done.stderr) == (0, "")
-    train, own, shipped = log.read_text().splitlines()
+    train, *evaluations = log.read_text().splitlines()
     assert train.endswith(
         f"--dataset demo --schedule vp --max_steps 7 --workdir {workdir}/quickstart"
     )
-    assert f"--checkpoint {workdir}/quickstart/run/ema_0.9999_1000000.pt" in own
-    assert own.endswith("--stochastic false --num_samples 256 --baselines true")
-    assert f"--checkpoint {demo.repo}/assets/demo_model.pt" in shipped
-    assert shipped.endswith(f"--output_dir {workdir}/quickstart_shipped")
+    entries = ["reconstruction", "infer_class", "interpolation", "manipulation", "report"]
+    for lines, model in (
+        (evaluations[:5], f"{workdir}/quickstart/run/ema_0.9999_1000000.pt"),
+        (evaluations[5:], f"{workdir}/quickstart_shipped/demo_model.pt"),
+    ):
+        names = [line.split("scripts/dbae_")[1].split(".py")[0] for line in lines]
+        assert names == entries
+        assert all(f"--checkpoint {model}" in line for line in lines[:4])
+        assert lines[4].endswith(f"dbae_report.py {os.path.dirname(model)}")
+    assert (workdir / "quickstart_shipped" / "demo_model.pt").exists()
     assert f"{workdir}/quickstart/run/comparison.png" in done.stdout
 
 
