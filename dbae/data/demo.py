@@ -1,8 +1,8 @@
 """The built-in demo set: cartoon portraits drawn on the fly from an index, no files needed.
 
 Every picture is a pure function of its index. What it shows is known exactly: `ATTRIBUTES` are
-independent fair coins (yes or no), `FACTORS` independent continuous quantities in [-1, 1]; later
-they serve as labels of the data set. Shapes are signed distances turned into analytic pixel
+independent fair coins (yes or no), `FACTORS` independent continuous quantities in [-1, 1]:
+the labels of the data set. Shapes are signed distances turned into analytic pixel
 coverage, so any size looks smooth, and nothing random is left once the labels are drawn.
 """
 
