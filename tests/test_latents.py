@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from test_data import plain, write_folder
 
 import dbae
 from dbae.checkpoint import save_weights
@@ -109,6 +110,22 @@ def test_an_image_is_encoded_once(
     assert not calls
     assert "5 read from" in capsys.readouterr().out
     assert torch.equal(first.mean, again.mean) and torch.equal(first.mean[:3], fewer.mean)
+
+
+def test_a_cache_of_the_whole_serves_its_parts(
+    model: dbae.DBAE, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_folder(tmp_path / "faces", {f"{i:02d}.png": plain(3 * i) for i in range(40)})
+    train = open_dataset("folder", str(path), 32, "train")
+    whole = encode(model, train.in_split("all"), checkpoint, count=0)
+    capsys.readouterr()
+    part = encode(model, train, checkpoint, count=0)
+    assert "latents/faces_all" in capsys.readouterr().out
+    assert torch.equal(
+        part.mean, whole.mean[torch.tensor([train.source_index(i) for i in range(len(train))])]
+    )
+    encode(model, train, checkpoint, count=0, flip=True)  # which the whole's cache does not have
+    assert "encoded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,9 @@ def latents_of(
 ) -> Latents | None:
     """The latents of the first `count` images (0: all): from the cache, else encoded into it.
 
-    Every rank must call this; each encodes a part. `folder` is by default the data set's in
-    `cache_folder`. `labels` are stored beside the latents.
+    A cache of the whole data set (split `all`) serves its parts too. Every rank must call this;
+    each encodes a part. `folder` is by default the data set's in `cache_folder`. `labels` are
+    stored beside the latents.
 
     Returns:
         The latents on rank 0, None on the others.
@@ -141,7 +142,12 @@ def latents_of(
     folder = folder or cache_folder(checkpoint, dataset)
     count = min(count or len(dataset), len(dataset))
     facts = _provenance(model, dataset, checkpoint) if context.is_main else {}
-    kept, reason = _from_cache(folder, facts, count, flip) if context.is_main else (None, "")
+    kept, reason = None, ""
+    if context.is_main:
+        kept, reason = _from_cache(folder, facts, count, flip)
+        if kept is None and labels is None:
+            whole = _from_whole(dataset, facts, checkpoint, count, flip)
+            kept, folder = whole or (None, folder)
     (use_cache, *_) = context.gather_objects(kept is not None)
     if use_cache:
         if kept is None:
@@ -285,6 +291,25 @@ def _from_cache(
     if flip and kept.flipped_mean is None:
         return None, "without mirrored images"
     return kept, ""
+
+
+def _from_whole(
+    dataset: ImageDataset, facts: dict[str, Any], checkpoint: Path, count: int, flip: bool
+) -> tuple[Latents, Path] | None:
+    """The first `count` images' latents out of a cache of the whole data set, and its folder."""
+    if dataset.split == "all":
+        return None
+    whole = dataset.in_split("all")
+    folder = cache_folder(checkpoint, whole)
+    if not (folder / NPZ).exists():
+        return None
+    of_whole = {**facts, "fingerprint": whole.describe()["fingerprint"]}
+    kept, _ = _from_cache(folder, of_whole, 0, flip)
+    if kept is None:
+        return None
+    row_of = {index: row for row, index in enumerate(kept.index.tolist())}
+    rows = [row_of.get(dataset.source_index(i), -1) for i in range(count)]
+    return None if min(rows) < 0 else (kept.rows(rows), folder)
 
 
 # Files --------------------------------------------------------------------------------------
