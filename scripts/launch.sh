@@ -168,6 +168,17 @@ launch_sampling() {
     launch "$entry" "${arguments[@]}" "$@"
 }
 
+PROBE_NAMES="DATASET SCHEDULE MODEL_PATH [STO]"
+PROBE_DETAILS="
+  DATASET     the data set that the model was trained on: ffhq, celebahq, celeba, bedroom, horse,
+              folder (your own: --data_dir DIR), demo
+  SCHEDULE    ${SCHEDULES[*]}
+  MODEL_PATH  a checkpoint (ema_….pt); the architecture is stored in it
+  STO         does the model have a stochastic encoder: true or false (default: as stored)
+
+  For demo and folder the attributes are those of these data sets; --probe_data NAME chooses another
+  labelled set."
+
 # launch_probe ENTRY PAPERS_DATA ARGUMENT…: DATASET SCHEDULE MODEL_PATH [STO], then flags. The paper
 # probes on one data set whatever the model was trained on; the demo set and a folder of one's own
 # probe themselves; --probe_data says otherwise.

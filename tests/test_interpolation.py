@@ -38,24 +38,6 @@ CONFIG = InterpolationConfig(points=3, steps=1, batch_size=2)
 
 
 @pytest.fixture(scope="module")
-def model() -> dbae.DBAE:
-    """A small stochastic model whose UNet does something: nothing is zero as at initialisation."""
-    torch.manual_seed(0)
-    model = dbae.create_model("demo", latent_dim=4, stochastic=True)
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model: dbae.DBAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("a run, à côté") / "ema_0.9999_000012.pt"
-    save_weights(path, model)
-    return path
-
-
-@pytest.fixture(scope="module")
 def inputs() -> list[Picture]:
     config = InterpolationConfig(indices=(0, 1, 2))
     return read_pictures(config, 32, open_dataset("demo", None, 32, "test"))

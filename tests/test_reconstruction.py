@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import dbae
-from dbae.checkpoint import save_weights
 from dbae.data import ImageDataset, open_dataset
 from dbae.distributed import Context
 from dbae.errors import UserError
@@ -27,24 +26,6 @@ from dbae.evaluation.reconstruction import ReconstructionConfig, reconstruct_ima
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "dbae_reconstruction.py"
 CONFIG = ReconstructionConfig(num_samples=7, batch_size=3, steps=2)
-
-
-@pytest.fixture(scope="module")
-def model() -> dbae.DBAE:
-    """A small stochastic model whose UNet does something: nothing is zero as at initialisation."""
-    torch.manual_seed(0)
-    model = dbae.create_model("demo", latent_dim=4, stochastic=True)
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model: dbae.DBAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("a run, à côté") / "ema_0.9999_000012.pt"
-    save_weights(path, model)
-    return path
 
 
 @pytest.fixture(scope="module")

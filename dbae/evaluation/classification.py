@@ -22,7 +22,7 @@ from .probes import (
     fit_logistic,
     fit_paper_classifier,
 )
-from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, paper_options, show_history
+from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, fit_paper
 from .progress import Progress
 
 LOGISTIC = "logistic.pt"  # the converged probe, in the form of best.pt
@@ -61,14 +61,7 @@ class Classification:
     ) -> Iterator[Fitted]:
         targets = parts.train.targets[found.train_rows]
         if config.protocol != "converged":
-            paper = fit_paper_classifier(
-                found.epoch,
-                targets,
-                found.valid,
-                parts.valid.targets,
-                **paper_options(config, context),
-            )
-            show_history(paper.history, "valid_ap", context)
+            paper = fit_paper(fit_paper_classifier, found, parts, config, context)
             about = {"probe": "paper", "best_epoch": paper.best_epoch, "history": paper.history}
             yield Fitted(paper.probe, about, BEST)
         if config.protocol != "paper":

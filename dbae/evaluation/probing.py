@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -28,7 +28,7 @@ from . import features
 from .classifier import AttributeClassifier, save_classifier
 from .features import Features, Split
 from .latents import Latents, latents_of
-from .probes import LinearProbe
+from .probes import LinearProbe, PaperFit
 from .protocol import (
     is_ema,
     latent_used,
@@ -380,21 +380,29 @@ def _usable(parts: Parts, task: Task, context: Context) -> tuple[Parts, list[dic
     return dataclasses.replace(parts, train=train, valid=valid, test=test, names=names), left_out
 
 
-def paper_options(config: ProbeConfig, context: Context) -> dict[str, Any]:
-    """The keywords of the paper's recipe."""
-    return {
-        "epochs": config.epochs,
-        "lr": config.lr,
-        "batch_size": config.probe_batch_size,
-        "seed": config.seed,
-        "device": context.device,
-    }
-
-
-def show_history(history: Sequence[dict[str, Any]], figure: str, context: Context) -> None:
-    """Print a validation figure of each epoch on one line."""
-    values = " ".join(f"{row[figure]:.3f}" for row in history)
+def fit_paper(
+    fit: Callable[..., PaperFit],
+    found: Features,
+    parts: Parts,
+    config: ProbeConfig,
+    context: Context,
+) -> PaperFit:
+    """The paper's recipe (`fit` says for which labels); prints its validation figure by epoch."""
+    fitted = fit(
+        found.epoch,
+        parts.train.targets[found.train_rows],
+        found.valid,
+        parts.valid.targets,
+        epochs=config.epochs,
+        lr=config.lr,
+        batch_size=config.probe_batch_size,
+        seed=config.seed,
+        device=context.device,
+    )
+    figure = next(name for name in fitted.history[0] if name.startswith("valid"))
+    values = " ".join(f"{row[figure]:.3f}" for row in fitted.history)
     context.print(f"{figure} by epoch: {values}")
+    return fitted
 
 
 def _save(

@@ -21,7 +21,7 @@ from .probes import (
     regression_base_rate,
     regression_scores,
 )
-from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, paper_options, show_history
+from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, fit_paper
 
 RIDGE = "ridge.pt"  # the closed-form probe, in the form of best.pt
 
@@ -64,14 +64,7 @@ class Regression:
     ) -> Iterator[Fitted]:
         targets = parts.train.targets[found.train_rows]
         if config.protocol != "converged":
-            paper = fit_paper_regressor(
-                found.epoch,
-                targets,
-                found.valid,
-                parts.valid.targets,
-                **paper_options(config, context),
-            )
-            show_history(paper.history, "valid_mse", context)
+            paper = fit_paper(fit_paper_regressor, found, parts, config, context)
             yield Fitted(
                 paper.last,
                 {"probe": "paper, last epoch", "epoch": config.epochs, "history": paper.history},
