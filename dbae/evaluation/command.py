@@ -13,7 +13,8 @@ from ..checkpoint import load_model
 from ..distributed import DEVICES, Context, join
 from ..errors import UserError
 from ..model import DBAE
-from .probing import METRICS, ProbeConfig, Task, run
+from .probing import ProbeConfig, Task, run
+from .results import METRICS_FILE
 
 # Ranks meet only at the end; one may wait for another's last batch, which is slow on a CPU.
 _TIMEOUT_S = 3600
@@ -79,5 +80,5 @@ def probe(
         result = run(model, config, task, context, options.checkpoint)
         if result:
             print(f"\n{result.table}\n")
-            print(result.folder / METRICS)
+            print(result.folder / METRICS_FILE)
     return 0

@@ -7,7 +7,6 @@ What both share: the configuration, the three parts of the data, the features, t
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -39,8 +38,9 @@ from .protocol import (
     text_table,
     versions,
 )
+from .results import write_metrics
 
-METRICS, TABLE, BEST = "metrics.json", "test.txt", "best.pt"
+TABLE, BEST = "test.txt", "best.pt"
 _HELD_OUT = 0.1  # share of the training people that validate, and that test, where no split does
 
 
@@ -248,18 +248,16 @@ def run(
             config.compare, model, list(parts), context, config.flips, config.seed,
             config.batch_size,
         )  # fmt: skip
-    folder = config.output_folder(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / METRICS).unlink(missing_ok=True)
     facts = model_facts(model, checkpoint)
     z = latents[2].mean
-    rows = []
+    rows: list[dict[str, Any]] = []
+    probes: dict[str, LinearProbe] = {}
     for method in found:
         context.print(f"probing {method.method} ({method.test.shape[1]} numbers an image)")
         for fitted in task.fit(method, parts, config, context):
             rows.append(_row(task, method, fitted, parts, config))
             if fitted.file and method is found[0]:
-                _save(folder / fitted.file, fitted.probe, parts.names, z, facts)
+                probes[fitted.file] = fitted.probe
     metrics = {
         "kind": task.kind,
         "rows": rows,
@@ -268,8 +266,12 @@ def run(
         "protocol": _protocol(model, config, parts, latents, facts),
     }
     table = _table(task, metrics)
+    folder = config.output_folder(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, probe in probes.items():
+        _save(folder / name, probe, parts.names, z, facts)
     write_text(folder / TABLE, table + "\n")
-    write_text(folder / METRICS, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    write_metrics(folder, metrics)
     return Result(metrics, table, folder)
 
 

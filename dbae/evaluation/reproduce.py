@@ -15,10 +15,11 @@ from ..errors import UserError
 from . import published
 from .classification import ClassificationConfig
 from .metrics import LPIPS_MISSING, find_alexnet
-from .probing import METRICS, ProbeConfig, figure
+from .probing import ProbeConfig, figure
 from .protocol import sha256, text_table
 from .reconstruction import ReconstructionConfig
 from .regression import RegressionConfig
+from .results import METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def plan(models: Mapping[str, Path], limit: int = 0) -> Iterator[Run]:
         )
         for kind, launcher, config in probes:
             words = (launcher, model.dataset, "vp", str(weights), sto, *_flags(probe_limits))
-            metrics = config.output_folder(weights) / METRICS
+            metrics = config.output_folder(weights) / METRICS_FILE
             yield Run(model, kind, words, config.probe_data, metrics, probe_limits)
         if model.dataset != "ffhq":
             continue
@@ -138,7 +139,9 @@ def plan(models: Mapping[str, Path], limit: int = 0) -> Iterator[Run]:
                 "euler", str(steps), sto, *_flags({"num_samples": limit}),
             )  # fmt: skip
             metrics = ReconstructionConfig(steps=steps, churn=churn).output_folder(weights)
-            yield Run(model, kind, words, "celebahq", metrics / METRICS, {"num_samples": limit})
+            yield Run(
+                model, kind, words, "celebahq", metrics / METRICS_FILE, {"num_samples": limit}
+            )
 
 
 def _flags(limits: Mapping[str, int]) -> Iterator[str]:
