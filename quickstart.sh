@@ -55,7 +55,7 @@ evaluate() {
     echo
     echo "-- Attributes changed through z"
     bash "$REPO/manipul_dbae.sh" demo vp "$model" "${sampler[@]}" \
-        --attributes glasses,hat --recompute_x_T true --num_measured 32
+        --attributes glasses,hat --recompute_x_T true --num_measured 16
     echo
     "$PYTHON" "$REPO/scripts/dbae_report.py" "$(dirname -- "$model")"
 }

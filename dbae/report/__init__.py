@@ -27,7 +27,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         UserError: no such folder, nothing in it to report, or the file cannot be written.
     """
     from .folder import read_run
-    from .page import render
+    from .render import render
 
     target = run_dir / REPORT if output is None else output
     run = read_run(run_dir)

@@ -1,45 +1,31 @@
-"""What a run's folder holds, read without trusting any of it."""
+"""What a run's folder holds, whatever its state."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..checkpoint import step_of
 from ..errors import UserError
 from ..evaluation.results import METRICS_FILE, UNFINISHED
-from .blocks import Block, Text
-from .reading import LARGEST, Malformed, Node, read_object
 
 T = TypeVar("T")
 KINDS = (
     "reconstruction", "classification", "regression", "interpolation", "manipulation", "latents",
 )  # fmt: skip
-_RESULT_FILES = (METRICS_FILE, "latents.json")
+_LARGEST = 1e100  # far beyond any figure, far below where arithmetic overflows
 _EXPECTED = (
     "expected a run's folder (config.json, progress.csv, sample_STEP/…) or a folder with the "
     "metrics.json of evaluations"
 )
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Checkpoint:
-    """Which weights a result is of: their step, −1 where it is not known, and a name."""
-
-    step: int
-    name: str
-
-    @property
-    def title(self) -> str:
-        """How the report calls it."""
-        return f"step {self.step:,}" if self.step >= 0 else self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +35,9 @@ class Result:
     path: Path
     label: str  # the path within the run's folder
     kind: str
-    content: Node
-    checkpoint: Checkpoint
+    content: dict[str, Any]
+    step: int  # of the checkpoint; −1 where it is not known
+    checkpoint: str  # how the report calls it
 
     @property
     def folder(self) -> Path:
@@ -58,63 +45,34 @@ class Result:
         return self.path.parent
 
     @property
-    def id(self) -> str:
-        """What tells it from others: its label, fit to be hashed whatever the file's name."""
-        return self.label.encode("utf-8", "surrogateescape").hex()
-
-    @property
-    def protocol(self) -> Node:
-        """How it was made; an empty object where the file does not say."""
-        return self.content.find("protocol") or Node({}, "protocol")
+    def protocol(self) -> dict[str, Any]:
+        """How it was made; empty where the file does not say."""
+        return _object(self.content.get("protocol"))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Run:
     """A run's folder. `problems` are (file, what is wrong), added to while the report is made."""
 
     root: Path
-    config: Node | None
-    progress: dict[str, np.ndarray]  # column → (rows,), float64; empty where there is no log
-    samples: Sequence[Path]  # reconstruction grids of the training, oldest first
-    results: Sequence[Result]
-    problems: list[tuple[str, str]]
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # column → (rows,), float64; empty where there is no log
+    progress: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    samples: Sequence[Path] = ()  # reconstruction grids of the training, oldest first
+    results: Sequence[Result] = ()
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.root.name or str(self.root)
-
-    def report(self, file: str, what: str) -> Text:
-        """Note a problem; returns the line that stands where the part would be."""
-        self.problems.append((file, what))
-        return Text(f"{file}: {what}", "problem")
-
-    def attempt(self, file: str, make: Callable[[], Sequence[Block]]) -> list[Block]:
-        """The blocks that `make` returns, or a line with the reason why there are none."""
-        try:
-            return list(make())
-        except Malformed as error:
-            return [self.report(file, str(error))]
-
-    def of_kind(self, kind: str) -> list[tuple[Checkpoint, list[Result]]]:
+    def of_kind(self, kind: str) -> dict[str, list[Result]]:
         """The results of one kind by checkpoint, the newest first."""
-        found: dict[Checkpoint, list[Result]] = {}
-        for result in self.results:
+        found: dict[str, list[Result]] = {}
+        for result in sorted(self.results, key=lambda result: (-result.step, result.checkpoint)):
             if result.kind == kind:
                 found.setdefault(result.checkpoint, []).append(result)
-        return sorted(found.items(), key=lambda item: (-item[0].step, item[0].name))
+        return found
 
-    def inside(self, path: Path) -> Path:
-        """`path` itself, where it is a file in this folder. Malformed where it leads elsewhere."""
-        try:
-            real = path.resolve()
-            if not real.is_relative_to(self.root):
-                raise Malformed(f"refers to {path.name}, which is outside of the run's folder")
-            if not real.is_file():
-                raise Malformed(f"{path.name} is not there")
-        except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name too long, a loop
-            raise Malformed(f"refers to a file by an impossible name ({error})") from error
-        return real
+    def setting(self, part: str, key: str) -> Any:
+        """config[part][key]; None where there is none."""
+        return _object(self.config.get(part)).get(key)
 
 
 def read_run(run_dir: Path) -> Run:
@@ -122,39 +80,36 @@ def read_run(run_dir: Path) -> Run:
 
     Raises UserError where `run_dir` is no folder, holds nothing to report, or several runs.
     """
-    if not run_dir.exists():
-        raise UserError(f"{run_dir} does not exist; {_EXPECTED}")
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is a file; {_EXPECTED}")
-    root = run_dir.resolve()
-    run = Run(root, None, {}, _samples(root), [], [])
-    config = root / "config.json"
-    with_log = (root / "progress.csv").is_file()
-    if not config.is_file() and not with_log:
-        _refuse_several(root, run_dir)
-    run = dataclasses.replace(
-        run,
-        config=_or_problem(run, config.name, lambda: read_object(config), config.is_file()),
-        progress=_or_problem(run, "progress.csv", lambda: _read_progress(run), with_log) or {},
-        results=[result for path in _result_files(root) if (result := _read_result(run, path))],
-    )
-    if not (run.config or with_log or run.samples or run.results or run.problems):
+        what = "is a file" if run_dir.exists() else "does not exist"
+        raise UserError(f"{run_dir} {what}; {_EXPECTED}")
+    run = Run(run_dir.resolve())
+    config, log = run.root / "config.json", run.root / "progress.csv"
+    if not config.is_file() and not log.is_file():
+        _refuse_several(run.root, run_dir)
+    if config.is_file():
+        run.config = _tried(run, config, lambda: _read_object(config)) or {}
+    if log.is_file():
+        run.progress = _tried(run, log, lambda: _read_progress(run, log)) or {}
+    run.samples = _samples(run.root)
+    found = [_tried(run, path, lambda p=path: _read_result(run, p)) for path in _results(run.root)]
+    run.results = [result for result in found if result]
+    if not (run.config or run.progress or run.samples or run.results or run.problems):
         raise UserError(f"{run_dir} holds nothing to report; {_EXPECTED}")
     return run
 
 
-def _samples(root: Path) -> list[Path]:
-    """samples/{step}.png by step: a million comes after 990000."""
-    found = {path: re.fullmatch(r"\d{1,15}", path.stem) for path in root.glob("samples/*.png")}
-    return sorted(found, key=lambda path: (int(path.stem) if found[path] else -1, path.name))
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-def _or_problem(run: Run, file: str, read: Callable[[], T], exists: bool) -> T | None:
-    """What `read` returns; None where the file is absent or malformed, which is noted."""
+def _tried(run: Run, path: Path, read: Callable[[], T]) -> T | None:
+    """What `read` returns; None where it fails, which is noted."""
     try:
-        return read() if exists else None
-    except Malformed as error:
-        run.report(file, str(error))
+        return read()
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        run.problems.append((path.relative_to(run.root).as_posix(), what))
         return None
 
 
@@ -168,76 +123,80 @@ def _refuse_several(root: Path, run_dir: Path) -> None:
         )
 
 
-def _result_files(root: Path) -> Iterator[Path]:
+def _samples(root: Path) -> list[Path]:
+    """samples/{step}.png by step: a million comes after 990000."""
+    return sorted(root.glob("samples/*.png"), key=lambda path: (len(path.name), path.name))
+
+
+def _results(root: Path) -> Iterator[Path]:
     """All files that may be results, in a fixed order; links to folders are not followed."""
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(
-            name for name in folders if name != UNFINISHED and not name.startswith(".")
-        )
-        yield from (Path(folder, name) for name in _RESULT_FILES if name in files)
+        folders[:] = sorted(n for n in folders if n != UNFINISHED and not n.startswith("."))
+        yield from (Path(folder, n) for n in (METRICS_FILE, "latents.json") if n in files)
 
 
-def _read_result(run: Run, path: Path) -> Result | None:
-    label = path.relative_to(run.root).as_posix()
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. A number that is not finite, or beyond any figure, is None."""
+
+    def number(text: str) -> int | float | None:
+        value = float(text)
+        if not abs(value) < _LARGEST:  # NaN too
+            return None
+        return int(text) if re.fullmatch(r"-?\d+", text) else value
+
+    text = path.read_text(encoding="utf-8")
     try:
-        content = read_object(run.inside(path))
-        kind = _kind(content)
-    except Malformed as error:
-        run.report(label, str(error))
-        return None
-    return Result(path, label, kind, content, _checkpoint(run.root, path, content))
+        content = json.loads(text, parse_float=number, parse_int=number, parse_constant=number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError("does not hold a JSON object")
+    return content
 
 
-def _kind(content: Node) -> str:
-    stated = content.get("kind")
-    if stated is None:
-        if content.get("mse") and content.get("per_image"):  # written before there were kinds
-            return "reconstruction"
-        raise Malformed("lacks kind, so that its content is unknown")
-    if stated.text() not in KINDS:
-        raise Malformed(f"is of kind {stated.text()!r}; this report knows {', '.join(KINDS)}")
-    return stated.text()
+def _read_result(run: Run, path: Path) -> Result:
+    content = _read_object(path)
+    kind = content.get("kind")
+    if kind is None and content.get("mse") and content.get("per_image"):
+        kind = "reconstruction"  # written before there were kinds
+    if kind is None:
+        raise ValueError("lacks kind, so that its content is unknown")
+    if kind not in KINDS:
+        raise ValueError(f"is of kind {kind!r}; this report knows {', '.join(KINDS)}")
+    label = path.relative_to(run.root).as_posix()
+    folders = [run.root.name, *label.split("/")[:-1]]
+    return Result(path, label, kind, content, *_checkpoint(folders, content))
 
 
-def _checkpoint(root: Path, path: Path, content: Node) -> Checkpoint:
+def _checkpoint(folders: Sequence[str], content: dict[str, Any]) -> tuple[int, str]:
     """By the nearest folder `sample_…`, else by the name of the weights in the protocol."""
-    for folder in path.parents:
-        if found := re.fullmatch(r"sample_(?:(\d{1,15})|(.+))", folder.name):
-            return Checkpoint(int(found[1]), "") if found[1] else Checkpoint(-1, found[2])
-        if folder == root:
-            break
-    stated = content.find("protocol", "checkpoint")
-    if stated is None or not isinstance(stated.value, str):
-        return Checkpoint(-1, "unnamed checkpoint")
-    name = stated.value[:200]
+    for folder in reversed(folders):
+        if found := re.fullmatch(r"sample_(?:(\d{1,15})|(.+))", folder):
+            return (int(found[1]), f"step {int(found[1]):,}") if found[1] else (-1, found[2])
+    name = str(_object(content.get("protocol")).get("checkpoint") or "unnamed checkpoint")[:200]
     step = step_of(Path(name)) if re.search(r"_\d{1,15}\.pt$", name) else -1
-    return Checkpoint(step, "" if step >= 0 else name.removesuffix(".pt"))
+    return step, f"step {step:,}" if step >= 0 else name.removesuffix(".pt")
 
 
-def _read_progress(run: Run) -> dict[str, np.ndarray]:
+def _read_progress(run: Run, path: Path) -> dict[str, np.ndarray]:
     """The columns of progress.csv, with NaN for what is not finite.
 
     Rows that are no rows of numbers are left out and noted.
     """
-    path = run.root / "progress.csv"
-    try:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            head, *lines = list(csv.reader(file)) or [[]]
-    except (OSError, csv.Error) as error:
-        raise Malformed(f"cannot be read ({error})") from error
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        head, *lines = list(csv.reader(file)) or [[]]
     if "step" not in head:
-        raise Malformed("has no column named step")
-    step = head.index("step")
-    rows = [
-        row for line in lines if (row := _numbers(line, len(head))) and abs(row[step]) < LARGEST
-    ]
+        raise ValueError("has no column named step")
+    found = np.array([row for line in lines if (row := _numbers(line, len(head)))])
+    found = found.reshape(-1, len(head))
+    found[~(np.abs(found) < _LARGEST)] = np.nan
+    rows = found[np.isfinite(found[:, head.index("step")])]
     if len(rows) < len(lines):
-        run.report(path.name, f"{len(lines) - len(rows)} of {len(lines)} rows are not readable")
-    if not rows:
-        raise Malformed("has no rows")
-    columns = np.asarray(rows, dtype=np.float64).T
-    columns[~(np.abs(columns) < LARGEST)] = np.nan
-    return dict(zip(head, columns, strict=True))
+        problem = f"{len(lines) - len(rows)} of {len(lines)} rows are not readable"
+        run.problems.append((path.name, problem))
+    if not len(rows):
+        raise ValueError("has no rows")
+    return dict(zip(head, rows.T, strict=True))
 
 
 def _numbers(line: Sequence[str], length: int) -> list[float]:

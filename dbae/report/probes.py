@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from . import plots
-from .blocks import (
-    Bar,
-    Bars,
-    Block,
-    Body,
-    Cell,
-    Facts,
-    Fold,
-    Plot,
-    Plots,
-    Section,
-    Table,
-    Text,
-)
-from .folder import Result, Run
-from .parts import (
-    by_checkpoint,
+from .folder import Result
+from .page import Page
+from .text import (
+    NONE,
+    best_of,
     checkpoint_of,
-    command,
+    count,
     data_of,
-    each,
+    decimal,
     essentials,
-    lacking,
-    protocol_fold,
-    section,
-    text_or,
+    estimate,
+    figure,
 )
-from .reading import Estimate, Malformed, Node, estimate, number_of
-from .text import NONE, decimal, figure_cell, name_cell, number_cell, whole
 
-OURS = "DBAE"
 _CONVERGED = ("converged", "ridge")  # names of probes that stand at the minimum of their loss
+_NOTHING = "knowing nothing"
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,306 +49,218 @@ class Task:
     """What differs between the two kinds of probes. The first measure ranks methods."""
 
     kind: str
-    title: str
     measures: tuple[Measure, Measure]
-    base_key: str | None  # an attribute's member that marks its bar; None: the mark is at 0
-    base_meaning: str  # of that mark
-    valid: str  # the history's figure on validation data
-    command: str
+    scale: tuple[str, str]  # member of an attribute that its figures depend on, and its title
+    mark: str  # what the upright line at each bar means: the scale, or else 0
+    valid: tuple[str, str]  # the history's figure on validation data, and its name
 
 
 CLASSIFICATION = Task(
-    "classification", "Classification probes",
-    (Measure("ap", "AP"), Measure("accuracy", "Accuracy")),
-    "base_rate", "base rate, the AP of a random order", "valid_ap",
-    "bash infer_class_dbae.sh DATASET SCHEDULE CKPT STO",
+    "classification", (Measure("ap", "AP"), Measure("accuracy", "Accuracy")),
+    ("base_rate", "Base rate"), "base rate, the AP of a random order", ("valid_ap", "AP"),
 )  # fmt: skip
 REGRESSION = Task(
-    "regression", "Regression probes",
+    "regression",
     (Measure("pearson_r", "Pearson's r"), Measure("mse", "MSE", lower_is_better=True)),
-    None, "no correlation", "valid_mse", "bash infer_reg_dbae.sh DATASET SCHEDULE CKPT STO",
+    ("variance", "Variance"), "no correlation", ("valid_mse", "MSE"),
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One probe of one method."""
-
-    node: Node
-    method: str
-    probe: str
-    figures: tuple[Estimate | None, ...]  # in the order of the task's measures; None: undefined
-
-    @property
-    def name(self) -> str:
-        """Method and probe."""
-        return f"{self.method}, {self.probe}"
-
-    @property
-    def rank(self) -> float:
-        """The first figure, −∞ where it is undefined."""
-        return self.figures[0].value if self.figures[0] else -math.inf
-
-
-def read_rows(task: Task, content: Node) -> list[Row]:
-    """The probes of a result. Malformed where one lacks its method or first figure."""
-    first, second = (measure.key for measure in task.measures)
-    rows = []
-    for node in content["rows"].items():
-        probe = text_or(node.get("probe"), "probe not named")
-        figures = estimate(node[first]), estimate(node.get(second))
-        rows.append(Row(node, node["method"].text(), probe, figures))
-    if not rows:
-        raise Malformed("rows is empty")
-    return rows
 
 
 def main_row(rows: Sequence[Row]) -> Row:
     """The row that a result is judged by: the converged probe of z, else the first of z."""
-    ours = [row for row in rows if row.method == OURS] or list(rows)
-    return next((row for row in ours if row.probe in _CONVERGED), ours[0])
+    ours = [row for row in rows if row["method"] == "DBAE"] or list(rows)
+    return next((row for row in ours if row.get("probe") in _CONVERGED), ours[0])
 
 
-def make(run: Run, task: Task) -> Section:
+def name_of(row: Row) -> str:
+    """Method and probe."""
+    return f"{row['method']}, {row.get('probe') or 'probe not named'}"
+
+
+def make(task: Task, page: Page) -> Markup:
     """Tables, bars and history of every result of the task."""
-    found = by_checkpoint(run, task.kind, each(run, partial(_result, run, task)))
-    absent = command(run, f"No {task.kind} probe", task.command)
-    return section(task.kind, task.title, absent, found)
+    return page.each(task.kind, partial(_result, task, page))
 
 
-def _result(run: Run, task: Task, result: Result) -> list[Block]:
-    rows = read_rows(task, result.content)
-    main = main_row(rows)
-    blocks = lacking(run, result, "protocol", "base_rate")
-    blocks.append(_table(task, result, rows))
-    for part in (_published, _bars, _attributes, _history):
-        blocks += run.attempt(result.label, partial(part, task, result, rows, main))
-    blocks += run.attempt(result.label, partial(_left_out, result))
-    return [*blocks, protocol_fold(result)]
+def _result(task: Task, page: Page, result: Result) -> Markup:
+    keys = ("rows", _table), ("published", _published), ("rows", _bars), ("rows", _attributes)
+    parts = [
+        (key, partial(part, task, page, result))
+        for key, part in (*keys, ("rows", _history), ("left_out", _left_out))
+    ]
+    return page.parts(result, parts, ("rows", "base_rate"))
 
 
 # Tables ---------------------------------------------------------------------------------------
 
 
-def _table(task: Task, result: Result, rows: Sequence[Row]) -> Table:
+def _table(task: Task, page: Page, result: Result) -> Markup:
     """A row for each method and probe, the best of each column in bold."""
-    best = [_best(measure, i, rows) for i, measure in enumerate(task.measures)]
-
-    def cells(row: Row) -> list[Cell]:
-        figures = [
-            figure_cell(figure, best=figure is not None and figure.value == top)
-            for figure, top in zip(row.figures, best, strict=True)
-        ]
-        sizes = [whole(row.node.get(key)) for key in ("dim", "n_train", "n_valid", "n_test")]
-        epoch = whole(row.node.get("best_epoch") or row.node.get("epoch"))
-        return [
-            name_cell(row.method), name_cell(row.probe), *figures,
-            *(number_cell(size) for size in [*sizes, epoch]),
-        ]  # fmt: skip
-
-    bodies = [Body([cells(row) for row in rows])]
-    if base := result.content.get("base_rate"):
-        figures = [figure_cell(estimate(base.get(m.key))) for m in task.measures]
-        blank = [number_cell(NONE)] * 5
-        bodies.append(Body([[name_cell("knowing nothing"), name_cell(NONE), *figures, *blank]]))
-    interval = text_or(result.protocol.find("interval"), "95 % bootstrap intervals")
+    rows, base = result.content["rows"], result.content.get("base_rate")
+    best = {
+        m.key: best_of([estimate(row.get(m.key))[0] for row in rows], m.lower_is_better)
+        for m in task.measures
+    }
+    cells: list[list[str]] = []
+    for row in rows:
+        row[task.measures[0].key]  # may be null, not absent
+        figures = [figure(row.get(key), best=top) for key, top in best.items()]
+        sizes = [count(row.get(key)) for key in ("dim", "n_train", "n_valid", "n_test")]
+        epoch = count(row.get("best_epoch") or row.get("epoch"))
+        cells.append([row["method"], row.get("probe") or NONE, *figures, *sizes, epoch])
+    if base:
+        cells.append([_NOTHING, NONE, *(figure(base.get(key)) for key in best), *[NONE] * 5])
+    interval = result.protocol.get("interval") or "95 % bootstrap intervals"
     caption = (
         f"Linear probes, {task.kind}: means over attributes on the test part; in brackets: "
         f"{interval}. Best of each column in bold. {essentials(result.protocol)}"
     )
-    head = (
-        "Features", "Probe", *(measure.title for measure in task.measures),
-        "Dim.", "n train", "n valid", "n test", "Epoch",
-    )  # fmt: skip
-    return Table(caption, head, bodies, [note for row in rows for note in _notes(row)])
+    titles = [measure.title for measure in task.measures]
+    head = ("Features", "Probe", *titles, "Dim.", "n train", "n valid", "n test", "Epoch")
+    notes = [note for row in rows for note in _notes(row)]
+    return page.html.table(caption, head, cells, notes, words=(0, 1))
 
 
 def _notes(row: Row) -> list[str]:
     """What the table cannot say of a row."""
-    notes = [f"{row.name}: {row.node['note'].text()}."] if row.node.get("note") else []
-    if (names := row.node.get("not_converged")) and names.items():
-        notes.append(f"{row.name}: not converged for {', '.join(names.texts())}.")
-    if undefined := number_of(row.node.get("undefined")):
-        notes.append(f"{row.name}: undefined for {undefined:g} attributes, left out of the mean.")
-    return notes
+    notes = [str(row["note"])] if row.get("note") else []
+    if names := row.get("not_converged"):
+        notes.append(f"not converged for {', '.join(names)}")
+    if undefined := row.get("undefined"):
+        notes.append(f"undefined for {count(undefined)} attributes, left out of the mean")
+    return [f"{name_of(row)}: {note}." for note in notes]
 
 
-def _best(measure: Measure, i: int, rows: Sequence[Row]) -> float | None:
-    values = [figure.value for row in rows if (figure := row.figures[i])]
-    if len(values) < 2:
-        return None
-    return min(values) if measure.lower_is_better else max(values)
-
-
-def _published(task: Task, result: Result, rows: Sequence[Row], main: Row) -> list[Block]:
+def _published(task: Task, page: Page, result: Result) -> Markup:
     """The paper's rows, where the file has them."""
-    published = result.content.get("published")
-    if published is None or not published.items():
-        return []
-    rows_of: dict[str, dict[str, Node]] = {}  # method → trained on → row
-    for row in published.items():
-        trained = text_or(row.get("trained_on"), "not stated")
-        rows_of.setdefault(row["method"].text(), {})[trained] = row
-    sets = list(dict.fromkeys(name for found in rows_of.values() for name in found))
+    published = result.content["published"]
+    if not published:
+        return Markup()
+    found = {(row["method"], row["trained_on"]): row for row in published}
     columns = [
-        (name, measure)
-        for name in sets
+        (data, measure)
+        for data in dict.fromkeys(row["trained_on"] for row in published)
         for measure in task.measures
-        if any(found[name].get(measure.key) for found in rows_of.values() if name in found)
+        if measure.key in published[0]
     ]
-    body = [
-        [
-            name_cell(method),
-            *(
-                number_cell(decimal(number_of(found[name].get(m.key) if name in found else None)))
-                for name, m in columns
-            ),
-        ]
-        for method, found in rows_of.items()
+    rows = [
+        [method, *(decimal(found.get((method, data), {}).get(m.key)) for data, m in columns)]
+        for method in dict.fromkeys(row["method"] for row in published)
     ]
     caption = (
         "Published, not measured here: Table 1 of the DBAE paper, linear probes by the paper's "
         "recipe on z of 512 numbers, by the data that the model was trained on."
     )
-    head = ("Method", *(f"{name}: {measure.title}" for name, measure in columns))
-    return [Table(caption, head, [Body(body)], tone="published")]
+    head = ("Method", *(f"{data}: {measure.title}" for data, measure in columns))
+    return page.html.table(caption, head, rows, tone="published")
+
+
+def _left_out(task: Task, page: Page, result: Result) -> Markup:
+    parts = [f"{entry['name']} ({entry['reason']})" for entry in result.content["left_out"]]
+    return page.html.text(f"Left out: {'; '.join(parts)}.", "note") if parts else Markup()
 
 
 # Attributes -----------------------------------------------------------------------------------
 
 
-def _attributes_of(row: Row) -> list[tuple[str, Node]]:
-    """(name, its object) of each attribute."""
-    attributes = row.node.get("attributes")
-    return [(node["name"].text(), node) for node in (attributes.items() if attributes else [])]
-
-
-def _bars(task: Task, result: Result, rows: Sequence[Row], main: Row) -> list[Block]:
+def _bars(task: Task, page: Page, result: Result) -> Markup:
     """One bar per attribute of the row that the result is judged by."""
-    key, base = task.measures[0].key, task.base_key
-    bars = [
-        Bar(name, figure, (number_of(node.get(base)) or 0.0) if base else 0.0)
-        for name, node in _attributes_of(main)
-        if (figure := estimate(node.get(key)))
-    ]
+    main, measure = main_row(result.content["rows"]), task.measures[0]
+    with_base = task is CLASSIFICATION
+    bars = []
+    for attribute in main.get("attributes") or []:
+        value, low, high = estimate(attribute.get(measure.key))
+        if value is not None:
+            base = attribute.get(task.scale[0]) or 0 if with_base else 0
+            bar = {"name": attribute["name"], "value": value, "low": low, "high": high}
+            bars.append({**bar, "base": base})
     if not bars:
-        return []
-    bars.sort(key=lambda bar: (-bar.figure.value, bar.name))
-    lowest = min(min(bar.figure.value, bar.figure.low or 0.0) for bar in bars)
-    measure = task.measures[0].name
+        return Markup()
+    bars.sort(key=lambda bar: (-bar["value"], bar["name"]))
+    lowest = min(min(bar["value"], bar["low"] or 0) for bar in bars)
     low = 0.0 if lowest >= 0 else -1.0 if lowest < -0.5 else -0.5
     caption = (
-        f"{measure} of each of {len(bars)} attributes: {main.name}; n = "
-        f"{whole(main.node.get('n_test'))} test images, {data_of(result.protocol)}, "
+        f"{measure.name} of each of {len(bars)} attributes: {name_of(main)}; n = "
+        f"{count(main.get('n_test'))} test images, {data_of(result.protocol)}, "
         f"{checkpoint_of(result.protocol)}. Axis from {low:g} to 1; whisker: 95 % interval; "
-        f"upright line: {task.base_meaning}."
+        f"upright line: {task.mark}."
     )
-    return [Bars(caption, measure, "base rate" if base else "", bars, low, 1.0)]
+    return page.html.bars(caption, measure.name, bars, low, task.scale[1] if with_base else "")
 
 
-def _attributes(task: Task, result: Result, rows: Sequence[Row], main: Row) -> list[Block]:
+def _attributes(task: Task, page: Page, result: Result) -> Markup:
     """All figures of all attributes and rows, folded."""
-    tables = []
-    for row in rows:
-        body = [
+    tables = Markup()
+    head = ("Attribute", *(measure.title for measure in task.measures), task.scale[1])
+    for row in result.content["rows"]:
+        cells = [
             [
-                name_cell(name), *(figure_cell(estimate(node.get(m.key))) for m in task.measures),
-                number_cell(decimal(number_of(node.get(task.base_key or "variance")))),
+                attribute["name"],
+                *(figure(attribute.get(measure.key)) for measure in task.measures),
+                decimal(attribute.get(task.scale[0])),
             ]
-            for name, node in _attributes_of(row)
-        ]  # fmt: skip
-        last = "Base rate" if task.base_key else "Variance"
-        if body:
-            caption = f"{row.name}; n = {whole(row.node.get('n_test'))} test images."
-            titles = [measure.title for measure in task.measures]
-            tables.append(Table(caption, ("Attribute", *titles, last), [Body(body)]))
-    return [Fold("Every attribute, every probe", tables)] if tables else []
+            for attribute in row.get("attributes") or []
+        ]
+        caption = f"{name_of(row)}; n = {count(row.get('n_test'))} test images."
+        tables += page.html.table(caption, head, cells) if cells else ""
+    return page.html.fold("Every attribute, every probe", tables) if tables else tables
 
 
-def _history(task: Task, result: Result, rows: Sequence[Row], main: Row) -> list[Block]:
+def _history(task: Task, page: Page, result: Result) -> Markup:
     """Training loss and validation figure of the paper's probe, per method."""
-    histories: dict[str, list[Node]] = {}
-    for row in rows:
-        if (history := row.node.get("history")) and history.items():
-            histories.setdefault(row.method, history.items())
-    if not histories:
-        return []
-    names = list(histories)[: plots.SERIES]
-    lengths = max(len(histories[name]) for name in names)
-    epochs = np.arange(1, lengths + 1)
-    valid = task.valid.replace("valid_", "").upper()
+    rows = {row["method"]: row for row in result.content["rows"] if row.get("history")}
+    names = list(rows)[: plots.SERIES]
     drawn = []
-    for key, title in (("train_loss", "Training loss"), (task.valid, f"{valid} on validation")):
-        series = [_padded([number_of(e.get(key)) for e in histories[n]], lengths) for n in names]
+    for key, title in (
+        ("train_loss", "Training loss"), (task.valid[0], f"{task.valid[1]} on validation"),
+    ):  # fmt: skip
+        series = [
+            np.array([epoch.get(key) for epoch in rows[name]["history"]], dtype=np.float64)
+            for name in names
+        ]
         if any(np.isfinite(y).any() for y in series):
-            id = f"history{key}{result.id}"
-            svg = plots.lines(id, title, epochs, series, x_label="epoch", markers=True)
-            drawn.append(Plot(title, svg, names))
-    sizes = {whole(row.node.get("n_valid")) for row in rows if row.method in names}
+            epochs = np.arange(1, max(map(len, series)) + 1)
+            drawn.append((title, plots.lines(result.label, title, epochs, series, "epoch"), names))
+    sizes = ", ".join(sorted({count(rows[name].get("n_valid")) for name in names}))
     caption = (
-        f"The paper's probe, epoch by epoch: n valid = {', '.join(sorted(sizes))}; "
-        f"{checkpoint_of(result.protocol)}."
+        f"The paper's probe, epoch by epoch: n valid = {sizes}; {checkpoint_of(result.protocol)}."
     )
-    return [Plots(caption, drawn)] if drawn else []
-
-
-def _padded(values: Sequence[float | None], length: int) -> np.ndarray:
-    filled = [np.nan if value is None else value for value in values]
-    return np.asarray(filled + [np.nan] * (length - len(filled)), dtype=np.float64)
-
-
-def _left_out(result: Result) -> list[Block]:
-    left_out = result.content.get("left_out")
-    if left_out is None or not left_out.items():
-        return []
-    parts = [
-        f"{item['name'].text()} ({text_or(item.get('reason'), 'no reason given')})"
-        for item in left_out.items()
-    ]
-    return [Text(f"Left out: {'; '.join(parts)}.", "note")]
+    return page.html.plots(drawn, caption) if drawn else Markup()
 
 
 # Disentanglement ------------------------------------------------------------------------------
 
 
-def disentanglement(run: Run) -> Section:
+def disentanglement(page: Page) -> Markup:
     """TAD of every classification result that has it."""
-    found = by_checkpoint(run, "classification", each(run, _tad))
-    absent = command(run, "No disentanglement (TAD) computed", CLASSIFICATION.command)
-    return section("disentanglement", "Disentanglement", absent, found)
+
+    def part(result: Result) -> Markup:
+        if result.content.get("disentanglement") is None:
+            return Markup()
+        return page.attempt(result.label, "disentanglement", partial(_tad, page, result))
+
+    return page.each("classification", part)
 
 
-def _tad(result: Result) -> list[Block]:
-    node = result.content.get("disentanglement")
-    if node is None:
-        return []
-    captured = f"{whole(node.get('captured'))} of {whole(node.get('considered'))}"
-    facts = Facts([("TAD", decimal(node["tad"].number())), ("Attributes captured", captured)])
-    rows = result.content.find("rows")
-    n = whole(rows.items()[0].get("n_test")) if rows and rows.items() else NONE
-    definition = text_or(node.get("definition"), "")
-    note = f"n = {n} test images. {essentials(result.protocol)} {definition}"
-    return [facts, Text(note, "note"), *_dimensions(node)]
-
-
-def _dimensions(node: Node) -> list[Block]:
-    """The best dimension of each attribute, where the file has it."""
-    attributes = node.get("attributes")
-    if attributes is None or not attributes.items():
-        return []
-    found = [
-        (entry["best"].number(), entry["second"].number(), entry["name"].text(), entry)
-        for entry in attributes.items()
-    ]
-    found.sort(key=lambda item: (item[1] - item[0], item[2]))
+def _tad(page: Page, result: Result) -> Markup:
+    found = result.content["disentanglement"]
+    captured = f"{count(found.get('captured'))} of {count(found.get('considered'))}"
+    facts = page.html.facts([("TAD", decimal(found["tad"])), ("Attributes captured", captured)])
+    n = count((result.content.get("rows") or [{}])[0].get("n_test"))
+    note = f"n = {n} test images. {essentials(result.protocol)} {found.get('definition') or ''}"
+    attributes = found.get("attributes") or []
     rows = [
         [
-            name_cell(name), number_cell(whole(entry.get("dimension"))),
-            number_cell(decimal(best)), number_cell(decimal(second)),
-            number_cell(decimal(best - second)),
+            a["name"],
+            count(a.get("dimension")),
+            *map(decimal, (a["best"], a["second"], a["best"] - a["second"])),
         ]
-        for best, second, name, entry in found
-    ]  # fmt: skip
-    head = ("Attribute", "Dimension of z", "Best AUROC", "Second", "Difference")
-    caption = "The dimensions of z that tell most about each attribute considered."
-    return [Fold("Every attribute considered", [Table(caption, head, [Body(rows)])])]
+        for a in sorted(attributes, key=lambda a: (a["second"] - a["best"], a["name"]))
+    ]
+    shown = facts + page.html.text(note, "note")
+    if rows:
+        head = ("Attribute", "Dimension of z", "Best AUROC", "Second", "Difference")
+        caption = "The dimensions of z that tell most about each attribute considered."
+        table = page.html.table(caption, head, rows)
+        shown += page.html.fold("Every attribute considered", table)
+    return shown

@@ -2,291 +2,212 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
 from ..evaluation import published
 from ..evaluation.metrics import mse
 from ..evaluation.results import find_pairs, read_samples
 from . import plots
-from .blocks import (
-    Block,
-    Body,
-    Cell,
-    Figure,
-    Fold,
-    Heading,
-    Picture,
-    Plot,
-    Plots,
-    Section,
-    Table,
-    Text,
-)
-from .folder import Result, Run
-from .parts import (
-    by_checkpoint,
+from .folder import Result
+from .page import Page
+from .text import (
+    NONE,
+    best_of,
     checkpoint_of,
-    command,
+    count,
     data_of,
-    lacking,
-    protocol_fold,
+    decimal,
+    plain,
     sampler_of,
-    section,
     seen_of,
-    text_or,
     weights_of,
+    with_small,
 )
-from .pictures import Album
-from .reading import Malformed, Node, number_of
-from .text import NONE, count, decimal, name_cell, number_cell, plain, whole
 
 _EXAMPLES = 4  # images shown of the best, of the median and of the worst
-_MOST_BYTES = 2**30  # of an array that is read
 _SMALL = 128  # pixels of an image that is shown by itself
-_COMPARISON = "comparison.png"
-_METRICS = ("mse", "ssim", "lpips")
+_LOWER_IS_BETTER = {"mse": True, "ssim": False, "lpips": True}
 _HEAD = ("Method", "MSE\N{NO-BREAK SPACE}↓", "SSIM\N{NO-BREAK SPACE}↑", "LPIPS\N{NO-BREAK SPACE}↓")
-_LOWER_IS_BETTER = ("mse", "lpips")
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """A mean over images."""
-
-    mean: float
-    stderr: float | None
-    n: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One method's figures. `scores`: by metric, None where it was not computed."""
+class Row(NamedTuple):
+    """One method's figures."""
 
     method: str
-    scores: dict[str, Score | None]
-    about: tuple[str, ...]  # sampler, NFE, seed, z, weights
-    note: str = ""
+    scores: Mapping[str, tuple[float, float | None]]  # metric → mean, standard error
+    n: int | None
+    about: Sequence[str]  # sampler, NFE, seed, z, weights
+    note: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """A result with its rows, read."""
+class Scored(NamedTuple):
+    """A result's own row, and those of other methods on the same images."""
 
     result: Result
-    mse: Score
+    sampler: str
+    compat: bool  # counted as the published script does
     own: Row
-    others: tuple[Row, ...]
-    problems: tuple[str, ...]  # rows that could not be read
-
-    @property
-    def compat(self) -> bool:
-        """Whether it is counted as the published script does."""
-        return _is_compat(self.result.content)
-
-    @property
-    def same_images(self) -> tuple[str, ...]:
-        """Results that agree in this stand in one table."""
-        protocol = self.result.protocol
-        fingerprint = plain(protocol.find("dataset", "fingerprint"))
-        n, compat = str(self.mse.n), str(self.compat)
-        return fingerprint, data_of(protocol), seen_of(protocol), n, compat
+    others: Sequence[Row]
+    images: Sequence[str]  # what results on the same images have in common
 
 
 def read(result: Result) -> Scored:
-    """The figures of a result. Malformed where its own MSE is missing."""
+    """The rows of a result; any exception where its file is damaged."""
     content, protocol = result.content, result.protocol
+    compat, sampler = _is_compat(content), sampler_of(protocol)
     about = (
-        sampler_of(protocol), whole(protocol.find("nfe")), plain(protocol.find("seed")),
-        plain(protocol.find("latent")), weights_of(protocol),
+        sampler, count(protocol.get("nfe")), plain(protocol.get("seed")),
+        plain(protocol.get("latent")), weights_of(protocol),
     )  # fmt: skip
-    compat = _is_compat(content)
-    own = Row("DBAE, counted as published" if compat else "DBAE", _scores(content), about)
-    others: list[Row] = []
-    problems: list[str] = []
+    own = _row("DBAE, counted as published" if compat else "DBAE", content, about)
+    others = []
     if standard := content.get("standard"):
-        scores = {**_scores(standard), "lpips": own.scores["lpips"]}
-        others.append(Row("DBAE, counted rightly", scores, about))
-    baselines = content.get("baselines")
-    for name, node in baselines.members() if baselines else []:
-        try:
-            if node.get("reason") or _is_compat(node) == compat:
-                others.append(_baseline(name, node))
-        except Malformed as error:
-            problems.append(str(error))
-    return Scored(result, _score(content["mse"]), own, tuple(others), tuple(problems))
+        rightly = {**standard, "lpips": content.get("lpips")}
+        others.append(_row("DBAE, counted rightly", rightly, about))
+    for name, found in (content.get("baselines") or {}).items():
+        label = found.get("label", name)
+        if reason := found.get("reason"):
+            others.append(Row(label, {}, None, (NONE,) * 5, reason))
+        elif _is_compat(found) == compat:
+            how = (NONE, count(found.get("nfe")), plain(found.get("seed")), NONE, NONE)
+            others.append(_row(label, found, how, found.get("note") or ""))
+    fingerprint = plain((protocol.get("dataset") or {}).get("fingerprint"))
+    images = (fingerprint, data_of(protocol), seen_of(protocol), count(own.n), str(compat))
+    return Scored(result, sampler, compat, own, others, images)
 
 
-def _baseline(name: str, node: Node) -> Row:
-    """Another method's row, or the reason why it has none."""
-    label = text_or(node.get("label"), name)
-    if reason := node.get("reason"):
-        return Row(label, dict.fromkeys(_METRICS), (NONE,) * 5, reason.text())
-    how = (NONE, whole(node.get("nfe")), plain(node.get("seed")), NONE, NONE)
-    return Row(label, _scores(node), how, text_or(node.get("note"), ""))
+def _is_compat(content: Mapping[str, Any]) -> bool:
+    stated = (content.get("protocol") or content).get("reference_compat")
+    return stated is True
 
 
-def _is_compat(node: Node) -> bool:
-    stated = node.find("protocol", "reference_compat") or node.find("reference_compat")
-    return stated is not None and stated.value is True
+def _row(method: str, figures: Mapping[str, Any], about: Sequence[str], note: str = "") -> Row:
+    scores = {}
+    for metric in _LOWER_IS_BETTER:
+        if score := figures.get(metric):
+            error = score.get("stderr")
+            scores[metric] = float(score["mean"]), None if error is None else float(error)
+    return Row(method, scores, int(figures["mse"]["n"]), about, note)
 
 
-def _scores(node: Node) -> dict[str, Score | None]:
-    node["mse"]  # the one figure without which there is no row
-    return {name: _score(found) if (found := node.get(name)) else None for name in _METRICS}
-
-
-def _score(node: Node) -> Score:
-    return Score(node["mean"].number(), number_of(node.get("stderr")), node["n"].whole())
-
-
-def make(run: Run, album: Album) -> Section:
+def make(page: Page) -> Markup:
     """Tables, published rows and pictures of every sampler run."""
-    absent = command(
-        run,
-        "No reconstruction scored",
-        "bash recon_dbae.sh DATASET SCHEDULE CKPT 0 1 test 7 euler 100 STO",
-    )
-    found = by_checkpoint(run, "reconstruction", partial(_of_checkpoint, run, album))
-    return section("reconstruction", "Reconstruction", absent, [*found, _published()] * bool(found))
+    shown = page.by_checkpoint("reconstruction", partial(_of_checkpoint, page))
+    return shown + _published(page) if shown else shown
 
 
-def _of_checkpoint(run: Run, album: Album, results: Sequence[Result]) -> list[Block]:
-    sets: dict[tuple[str, ...], list[Scored]] = {}
-    blocks: list[Block] = []
+def _of_checkpoint(page: Page, results: Sequence[Result]) -> Markup:
+    shown = Markup()
+    sets: dict[Sequence[str], list[Scored]] = {}
     for result in results:
-        try:
-            scored = read(result)
-        except Malformed as error:
-            blocks.append(run.report(result.label, str(error)))
-            continue
-        blocks += [run.report(result.label, problem) for problem in scored.problems]
-        blocks += lacking(run, result, "protocol", "baselines", "per_image")
-        sets.setdefault(scored.same_images, []).append(scored)
+        scored = page.attempt(result.label, "the scores", partial(read, result))
+        if isinstance(scored, Scored):
+            sets.setdefault(scored.images, []).append(scored)
+        else:
+            shown += scored
     for same in sets.values():
-        same.sort(key=lambda scored: (scored.mse.mean, scored.result.label))
-        blocks.append(_table(same))
+        same.sort(key=lambda scored: scored.own.scores["mse"][0])
+        shown += _table(page, same)
         first, *more = same
-        blocks += [Heading(first.own.about[0], 4), *_run_blocks(run, album, first)]
+        shown += page.html.heading(first.sampler, 4) + _pictures(page, first)
         for scored in more:
-            title = f"Pictures and error per image: {scored.own.about[0]}"
-            blocks.append(Fold(title, _run_blocks(run, album, scored)))
-        blocks += [protocol_fold(scored.result) for scored in same]
-    return blocks
+            title = f"Pictures and error per image: {scored.sampler}"
+            shown += page.html.fold(title, _pictures(page, scored))
+    return shown
 
 
 # Tables ---------------------------------------------------------------------------------------
 
 
-def _table(same: Sequence[Scored]) -> Table:
+def _table(page: Page, same: Sequence[Scored]) -> Markup:
     """All sampler runs on the same images, then what they are to be compared with."""
     own = [scored.own for scored in same]
-    others = list({repr(row): row for s in same for row in s.others}.values())
-    best = {name: _best(name, [*own, *others]) for name in _METRICS}
+    others = list({repr(row): row for scored in same for row in scored.others}.values())
+    best = {
+        metric: best_of(
+            [row.scores[metric][0] for row in [*own, *others] if metric in row.scores], lower
+        )
+        for metric, lower in _LOWER_IS_BETTER.items()
+    }
     protocol = same[0].result.protocol
-    weights = _distinct([checkpoint_of(scored.result.protocol) for scored in same])
-    size = protocol.find("model", "image_size")
-    selection = protocol.find("selection")
+    weights = dict.fromkeys(checkpoint_of(scored.result.protocol) for scored in same)
+    size = (protocol.get("model") or {}).get("image_size")
+    selection = protocol.get("selection")
     caption = (
-        f"Reconstruction of {count(same[0].mse.n)} images, {data_of(protocol)}"
+        f"Reconstruction of {count(own[0].n)} images, {data_of(protocol)}"
         f" ({seen_of(protocol)}{f'; {plain(selection)}' if selection else ''})"
         f"{f', {plain(size)}×{plain(size)} pixels' if size else ''}, by {', '.join(weights)}."
         " Mean ± standard error over images; best of each column in bold."
     )
-    bodies = [Body([_row(row, best) for row in own])]
+    rows: list[Any] = [_cells(row, best) for row in own]
     if others:
-        bodies.append(Body([_row(row, best) for row in others], "For comparison, same images"))
+        rows += ["For comparison, same images", *(_cells(row, best) for row in others)]
     head = (*_HEAD, "n", "Sampler", "NFE", "Seed", "z", "Weights")
-    return Table(caption, head, bodies, _notes(same, others))
+    return page.html.table(caption, head, rows, _notes(same, others), words=(0, 5, 8, 9))
+
+
+def _cells(row: Row, best: Mapping[str, float | None]) -> list[str]:
+    cells = [row.method]
+    for metric, top in best.items():
+        mean, error = row.scores.get(metric, (None, None))
+        if mean is None:
+            cells.append(NONE)
+        else:
+            digits = len(mean_text(metric, mean).partition(".")[2])
+            small = None if error is None else f"± {error:.{digits}f}"
+            cells.append(with_small(mean_text(metric, mean), small, bold=mean == top))
+    return [*cells, count(row.n), *row.about]
+
+
+def mean_text(metric: str, mean: float) -> str:
+    """The mean with as many digits as the metric calls for."""
+    if metric != "mse":
+        return f"{mean:.4f}"
+    return f"{mean:.7f}" if abs(mean) < 1e-3 else f"{mean:.5f}"
 
 
 def _notes(same: Sequence[Scored], others: Sequence[Row]) -> list[str]:
     contents = [scored.result.content for scored in same]
-    reasons = [text_or(c.get("lpips_reason"), "") for c in contents if c.get("lpips") is None]
-    notes = [f"LPIPS not computed: {reason or 'no reason given'}." for reason in _distinct(reasons)]
-    if any(scored.compat for scored in same):
+    reasons = [c.get("lpips_reason") for c in contents if c.get("lpips") is None]
+    notes = [f"LPIPS not computed: {reason or 'no reason given'}." for reason in reasons]
+    if same[0].compat:
         notes.append(
             "Counted as the published script does (--reference_compat): comparable with published "
             "figures only."
         )
-    about: dict[str, list[str]] = {}
+    methods: dict[str, list[str]] = {}
     for row in others:
-        if row.note:
-            about.setdefault(row.note, []).append(row.method)
-    notes += [f"{'; '.join(_distinct(methods))}: {note}." for note, methods in about.items()]
+        methods.setdefault(row.note, []).append(row.method)
+    notes += [f"{'; '.join(names)}: {note}." for note, names in methods.items() if note]
     if any(row.method == "x_T" for row in others):
         notes.append("x_T: the endpoint decoded from z, without any denoising.")
-    return notes
+    return list(dict.fromkeys(notes))
 
 
-def _distinct(texts: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(texts))
+def _published(page: Page) -> Markup:
+    code = min(row.latent_dim for row in published.RECONSTRUCTIONS)
 
+    def cells(rows: Iterable[published.Reconstruction]) -> list[list[str]]:
+        return [
+            [r.method, decimal(r.mse), decimal(r.ssim), decimal(r.lpips), count(r.latent_dim)]
+            for r in rows
+        ]
 
-def _best(metric: str, rows: Sequence[Row]) -> float | None:
-    means = [score.mean for row in rows if (score := row.scores[metric])]
-    if len(means) < 2:
-        return None
-    return min(means) if metric in _LOWER_IS_BETTER else max(means)
-
-
-def _row(row: Row, best: dict[str, float | None]) -> list[Cell]:
-    sampler, nfe, seed, latent, weights = row.about
-    figures = [_score_cell(name, row.scores[name], best[name]) for name in _METRICS]
-    n = {count(score.n) for score in row.scores.values() if score}
-    return [
-        name_cell(row.method), *figures, number_cell(" / ".join(sorted(n)) or NONE),
-        name_cell(sampler), number_cell(nfe), number_cell(seed), name_cell(latent),
-        name_cell(weights),
-    ]  # fmt: skip
-
-
-def _score_cell(metric: str, score: Score | None, best: float | None) -> Cell:
-    """Mean and standard error."""
-    if score is None:
-        return number_cell(NONE)
-    digits = _digits(metric, score)
-    error = "" if score.stderr is None else f"± {score.stderr:.{digits}f}"
-    return Cell(mean_text(metric, score), error, number=True, best=score.mean == best)
-
-
-def mean_text(metric: str, score: Score) -> str:
-    """The mean with as many digits as the metric calls for."""
-    return f"{score.mean:.{_digits(metric, score)}f}"
-
-
-def _digits(metric: str, score: Score) -> int:
-    if metric != "mse":
-        return 4
-    return 7 if abs(score.mean) < 1e-3 else 5
-
-
-def _published() -> Table:
-    rows = published.RECONSTRUCTIONS
-    code = min(row.latent_dim for row in rows)
-
-    def body(title: str, larger: bool) -> Body:
-        cells = [
-            [
-                name_cell(row.method), number_cell(decimal(row.mse, 3)),
-                number_cell(decimal(row.ssim)), number_cell(decimal(row.lpips)),
-                number_cell(count(row.latent_dim)),
-            ]
-            for row in rows
-            if (row.latent_dim > code) == larger
-        ]  # fmt: skip
-        return Body(cells, title)
-
+    rows = [
+        f"Code of {code} numbers",
+        *cells(row for row in published.RECONSTRUCTIONS if row.latent_dim == code),
+        "Larger codes",
+        *cells(row for row in published.RECONSTRUCTIONS if row.latent_dim > code),
+    ]
     note = (
         "Published rows of DBAE mix two runs: MSE and SSIM of Euler with 100 steps, LPIPS of the "
         "churned SDE; counted by the published script. They stand beside the figures above only "
@@ -298,150 +219,117 @@ def _published() -> Table:
         "CelebA-HQ at 128 pixels."
     )
     head = (*_HEAD, "Numbers per image")
-    bodies = [body(f"Code of {code} numbers", False), body("Larger codes", True)]
-    return Table(caption, head, bodies, [note], tone="published")
+    return page.html.table(caption, head, rows, [note], tone="published")
 
 
 # Pictures and error per image -----------------------------------------------------------------
 
 
-def _run_blocks(run: Run, album: Album, scored: Scored) -> list[Block]:
+def _pictures(page: Page, scored: Scored) -> Markup:
     """What there is to see of one sampler run."""
-    result, sampler = scored.result, scored.own.about[0]
+    result, sampler = scored.result, scored.sampler
 
-    def comparison() -> list[Block]:
+    def comparison() -> Markup:
         caption = f"Originals, x_T and reconstructions: the first images scored ({sampler})."
-        return [Figure(caption, [album.load(result.folder / _COMPARISON, caption)])]
+        picture = page.picture(result.folder / "comparison.png", caption)
+        return page.html.strip(picture, caption)
 
-    blocks = run.attempt(result.label, comparison)
-    if result.content.get("per_image"):
-        blocks += run.attempt(result.label, partial(_per_image, run, album, scored))
-    return blocks
-
-
-def _per_image(run: Run, album: Album, scored: Scored) -> list[Block]:
-    content = scored.result.content["per_image"]
-    errors = np.asarray(content["mse"].numbers())
-    if not len(errors):
-        raise Malformed("per_image.mse is empty")
-    names = content.get("name")
-    texts = names.texts() if names else [f"image {i}" for i in range(len(errors))]
-    if len(texts) != len(errors):
-        raise Malformed(f"per_image has {len(texts)} names for {len(errors)} images")
-    drawn = _histograms(scored, content)
-    if not any(scored.result.folder.glob("*_real_sample_*.npz")):
-        line = "Best, median and worst images are not shown: the arrays are not in the folder."
-        return [drawn, Text(line, "note")]
-    examples = partial(_examples, run, album, scored, errors, texts)
-    return [drawn, *run.attempt(scored.result.label, examples)]
+    shown = page.attempt(result.label, "the comparison", comparison)
+    parts = [
+        ("per_image", partial(_histograms, page, scored)),
+        ("per_image", partial(_examples, page, scored)),
+    ]
+    return shown + page.parts(result, parts, ("baselines", "per_image"))
 
 
-def _histograms(scored: Scored, per_image: Node) -> Plots:
+def _histograms(page: Page, scored: Scored) -> Markup:
     """How each metric is spread over the images."""
+    per_image = scored.result.content["per_image"]
     drawn, ranges = [], []
-    for metric in _METRICS:
-        if not (node := per_image.get(metric)) or not node.items():
-            continue
-        values, name = np.asarray(node.numbers()), metric.upper()
-        median, mean = float(np.median(values)), float(values.mean())
-        id = f"histogram{metric}{scored.result.id}"
-        svg = plots.histogram(
-            id, f"Histogram of {name}", values, (median, mean), f"{name} of an image"
-        )
-        drawn.append(Plot(f"{name}: number of images", svg, ("images", "median", "mean")))
-        texts = [decimal(float(v), 4) for v in (median, mean, values.min(), values.max())]
-        ranges.append("{} median {}, mean {}, from {} to {}".format(name, *texts))
-    n = len(per_image["mse"].items())
-    caption = f"Each of {count(n)} images ({scored.own.about[0]}): {'; '.join(ranges)}."
-    return Plots(caption, drawn)
+    for metric in _LOWER_IS_BETTER:
+        if per_image.get(metric):
+            values, name = np.asarray(per_image[metric], dtype=np.float64), metric.upper()
+            marks = float(np.median(values)), float(values.mean())
+            svg = plots.histogram(
+                scored.result.label, f"Histogram of {name}", values, marks, f"{name} of an image"
+            )
+            drawn.append((f"{name}: number of images", svg, ("images", "median", "mean")))
+            texts = [decimal(float(v), 4) for v in (*marks, values.min(), values.max())]
+            ranges.append("{} median {}, mean {}, from {} to {}".format(name, *texts))
+    n = count(len(per_image["mse"]))
+    return page.html.plots(drawn, f"Each of {n} images ({scored.sampler}): {'; '.join(ranges)}.")
 
 
-def _examples(
-    run: Run, album: Album, scored: Scored, errors: np.ndarray, names: Sequence[str]
-) -> list[Block]:
+def _examples(page: Page, scored: Scored) -> Markup:
     """The best, median and worst images, each beside its reconstruction."""
+    folder, per_image = scored.result.folder, scored.result.content["per_image"]
+    if not any(folder.glob("*_real_sample_*.npz")):
+        line = "Best, median and worst images are not shown: the arrays are not in the folder."
+        return page.html.text(line, "note")
+    errors = np.asarray(per_image["mse"], dtype=np.float64)
+    names = per_image.get("name") or [f"image {i}" for i in range(len(errors))]
+    read = _reader(page, folder, len(errors))
     order = np.argsort(errors, kind="stable")
     k = min(_EXAMPLES, max(1, len(order) // 3))
     middle = (len(order) - k) // 2
-    chosen = {
-        "Best": order[:k],
-        "Median": order[middle : middle + k],
-        "Worst": order[-k:][::-1],
-    }
-    pairs = _Pairs(run, scored.result.folder, len(errors))
-    figures: list[Block] = []
-    for title, positions in chosen.items():
-        pictures = [
-            _pair(album, pairs, int(i), errors, names[i], check=not scored.compat)
-            for i in positions
-        ]
-        figures.append(Figure(f"{title}: original and reconstruction, with their MSE.", pictures))
-    return figures
+    shown = Markup()
+    for title, positions in (
+        ("Best", order[:k]), ("Median", order[middle : middle + k]), ("Worst", order[-k:][::-1]),
+    ):  # fmt: skip
+        pictures = []
+        for i in positions:
+            real, fake = read(int(i))
+            measured = float(mse(real[None], fake[None]))
+            if not scored.compat and not np.isclose(measured, errors[i], rtol=1e-4, atol=1e-6):
+                raise ValueError(
+                    f"the arrays do not belong to metrics.json: image {i} has MSE {measured:.6g} "
+                    f"there and {errors[i]:.6g} here; score the folder again with "
+                    "eval_reconstruction.py"
+                )
+            text = Markup("<b>{}</b> <bdi>{}</bdi>").format(decimal(errors[i], 5), names[i])
+            alt = f"Original and reconstruction of {names[i]}"
+            pictures.append(page.image(_side_by_side(real, fake), alt, text))
+        caption = f"{title}: original and reconstruction, with their MSE."
+        shown += page.html.pictures(pictures, caption)
+    return shown
 
 
-def _pair(
-    album: Album, pairs: _Pairs, position: int, errors: np.ndarray, name: str, check: bool
-) -> Picture:
-    """An original and its reconstruction side by side."""
-    images = pairs.read(position)
-    stated = float(errors[position])
-    measured = float(mse(*(image[None] for image in images)))
-    if check and abs(measured - stated) > 1e-6 + 1e-4 * stated:
-        raise Malformed(
-            f"the arrays do not belong to metrics.json: image {position} has MSE {measured:.6g} "
-            f"there and {stated:.6g} here; score the folder again with eval_reconstruction.py"
+def _reader(page: Page, folder: Path, n: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Reads an original and its reconstruction, uint8 (3, H, W), by their place among n images."""
+    files = find_pairs(folder)
+    lengths = np.array([[_length(page.file(path)) for path in pair] for pair in files])
+    reals, fakes = lengths.sum(0)
+    if (lengths[:, 0] != lengths[:, 1]).any() or reals != n:
+        raise ValueError(
+            f"the arrays hold {reals} originals and {fakes} reconstructions, metrics.json scores {n}"
         )
-    size = min(images[0].shape[2], _SMALL)
-    canvas = Image.new("RGB", (2 * size, round(size * images[0].shape[1] / images[0].shape[2])))
-    for i, image in enumerate(images):
-        tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-        canvas.paste(tile.resize((size, canvas.height), Image.Resampling.BOX), (i * size, 0))
-    caption = Markup("<b>{}</b> <bdi>{}</bdi>").format(decimal(stated, 5), name)
-    return album.picture(canvas, f"Original and reconstruction of {name}", caption)
+    ends = lengths[:, 0].cumsum()
 
-
-class _Pairs:
-    """The originals and reconstructions of a folder, by their place among its scored images."""
-
-    def __init__(self, run: Run, folder: Path, n: int) -> None:
-        self._root = run.root
-        try:
-            self._files = find_pairs(folder)
-        except UserError as error:
-            raise self._malformed(error) from error
-        lengths = [_length(run.inside(path)) for pair in self._files for path in pair]
-        self._ends = np.cumsum(lengths[::2])
-        if lengths[::2] != lengths[1::2] or self._ends[-1] != n:
-            raise Malformed(
-                f"the arrays hold {sum(lengths[::2])} originals and {sum(lengths[1::2])} "
-                f"reconstructions, metrics.json scores {n}"
-            )
-
-    def read(self, position: int) -> tuple[Tensor, Tensor]:
-        """Original and reconstruction, each uint8 (3, H, W)."""
-        i = int(np.searchsorted(self._ends, position, side="right"))
-        try:
-            real, fake = (read_samples(path) for path in self._files[i])
-        except Exception as error:  # damaged archives make numpy and zipfile raise many kinds
-            raise self._malformed(error) from error
+    def read(position: int) -> tuple[Tensor, Tensor]:
+        i = int(np.searchsorted(ends, position, side="right"))
+        real, fake = (read_samples(path)[position - ends[i]] for path in files[i])
         if real.shape != fake.shape:
-            raise Malformed(f"originals and reconstructions of batch {i} differ in size")
-        row = position - int(self._ends[i])  # counted from the end of its file
-        return real[row], fake[row]
+            raise ValueError(f"originals and reconstructions of batch {i} differ in size")
+        return real, fake
 
-    def _malformed(self, error: Exception) -> Malformed:
-        """With paths as within the run's folder: the page is the same wherever that lies."""
-        return Malformed(str(error).replace(f"{self._root}{os.sep}", ""))
+    return read
 
 
 def _length(path: Path) -> int:
-    """The number of images in an npz, from its header."""
+    """The number of images in an npz, from its header: a test set may be larger than memory."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("samples.npy") as entry:
             np.lib.format.read_magic(entry)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(entry)
+            return int(np.lib.format.read_array_header_1_0(entry)[0][0])
     except Exception as error:  # damaged archives make numpy and zipfile raise many kinds
-        raise Malformed(f"{path.name} is not a readable file of images ({error})") from error
-    if len(shape) != 4 or np.prod(shape, dtype=float) * dtype.itemsize > _MOST_BYTES:
-        raise Malformed(f"{path.name} holds an array of shape {shape}, expected images")
-    return int(shape[0])
+        raise ValueError(f"{path.name} is not a readable file of images ({error})") from error
+
+
+def _side_by_side(real: Tensor, fake: Tensor) -> Image.Image:
+    height, width = real.shape[1:]
+    size = min(width, _SMALL), round(min(width, _SMALL) * height / width)
+    canvas = Image.new("RGB", (2 * size[0], size[1]))
+    for i, image in enumerate((real, fake)):
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+        canvas.paste(tile.resize(size, Image.Resampling.BOX), (i * size[0], 0))
+    return canvas

@@ -1,13 +1,16 @@
-"""Figures and names as text."""
+"""Figures, names and protocols as text."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from .blocks import Cell
-from .reading import Estimate, Node, number_of
+from markupsafe import Markup
 
 NONE = "—"
+_DEEPEST, _LONGEST = 6, 40  # levels and list members of a protocol that are shown
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
@@ -19,9 +22,9 @@ def decimal(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
-def count(value: float) -> str:
-    """12,345"""
-    return f"{value:,.0f}"
+def count(value: float | None) -> str:
+    """12,345; a dash for None."""
+    return NONE if value is None else f"{value:,.0f}"
 
 
 def share(value: float) -> str:
@@ -34,47 +37,133 @@ def share(value: float) -> str:
     return f"{text}\N{NO-BREAK SPACE}%"
 
 
-def plain(node: Node | None) -> str:
-    """A JSON scalar as text; a dash for anything else."""
-    if node is None or isinstance(node.value, dict | list):
+def plain(value: Any) -> str:
+    """A JSON scalar as text; a dash for null, a list or an object."""
+    if value is None or isinstance(value, dict | list):
         return NONE
-    if isinstance(node.value, bool):
-        return "yes" if node.value else "no"
-    return f"{node.value:g}" if isinstance(node.value, float) else str(node.value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def whole(node: Node | None) -> str:
-    """A count as text; a dash for None."""
-    number = number_of(node)
-    return NONE if number is None else count(number)
+def estimate(found: Any) -> tuple[float | None, float | None, float | None]:
+    """Value, low and high of {"value", "low", "high"}, or of a mere number."""
+    if isinstance(found, dict):
+        return found.get("value"), found.get("low"), found.get("high")
+    return found, None, None
 
 
-def interval(figure: Estimate) -> str:
-    """[low, high], or nothing."""
-    if figure.low is None or figure.high is None:
-        return ""
-    digits = _digits(figure)
-    return f"[{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+def figure(
+    found: Any, form: Callable[[float], str] | None = None, best: float | None = None
+) -> Markup:
+    """An estimate for a table: its value, bold where it is the best, and its interval behind it.
+
+    `form` makes a text of a number. Without it: three decimals, more where all are small.
+    """
+    value, low, high = estimate(found)
+    if value is None:
+        return Markup(NONE)
+    if form is None:
+        largest = max(abs(x) for x in (value, low, high) if x is not None)
+        digits = min(9, 2 - math.floor(math.log10(largest))) if 0 < largest < 0.01 else 3
+        form = f"{{:.{digits}f}}".format
+    interval = None if low is None or high is None else f"[{form(low)}, {form(high)}]"
+    return with_small(form(value), interval, bold=value == best)
 
 
-def figure_cell(figure: Estimate | None, best: bool = False) -> Cell:
-    """A table's cell: the value, and its interval beside it."""
-    if figure is None:
-        return Cell(NONE, number=True)
-    return Cell(f"{figure.value:.{_digits(figure)}f}", interval(figure), number=True, best=best)
+def with_small(text: str, small: str | None, bold: bool = False) -> Markup:
+    """A text with another in small type behind it."""
+    shown = Markup("<strong>{}</strong>" if bold else "{}").format(text)
+    return shown + Markup(" <small>{}</small>").format(small) if small else shown
 
 
-def _digits(figure: Estimate) -> int:
-    """Decimals of a figure and its interval: three, more where all of them are small."""
-    largest = max(abs(x) for x in (figure.value, figure.low, figure.high) if x is not None)
-    return 3 if largest >= 0.01 or not largest else min(9, 2 - math.floor(math.log10(largest)))
+def best_of(values: Sequence[float | None], lower_is_better: bool) -> float | None:
+    """The value to print in bold; None where there is nothing to compare."""
+    there = [value for value in values if value is not None]
+    if len(there) < 2:
+        return None
+    return min(there) if lower_is_better else max(there)
 
 
-def name_cell(text: str, beside: str = "") -> Cell:
-    """A table's cell of words."""
-    return Cell(text, beside)
+# Essentials of a protocol -------------------------------------------------------------------
 
 
-def number_cell(text: str) -> Cell:
-    """A table's cell with a number that is text already."""
-    return Cell(text, number=True)
+def data_of(protocol: Mapping[str, Any]) -> str:
+    """`split test of lfw64.zip`. Of a probe, what it is tested on."""
+    described = protocol.get("dataset") or (protocol.get("parts") or {}).get("test") or {}
+    name, split = described.get("dataset"), described.get("split") or protocol.get("split")
+    if name == "folder":  # the user's own: its name is that of the files
+        name = described.get("path") or name
+    name = name or protocol.get("probe_data")
+    return " of ".join([f"split {split}"] * bool(split) + [str(name)] * bool(name)) or (
+        "data not recorded"
+    )
+
+
+def seen_of(protocol: Mapping[str, Any]) -> str:
+    """Whether the images were trained on."""
+    seen = protocol.get("seen_in_training")
+    if seen is None:
+        return "not recorded whether trained on"
+    return "also trained on" if seen else "not trained on"
+
+
+def weights_of(protocol: Mapping[str, Any]) -> str:
+    """`EMA 0.9999`, `live`, or a dash."""
+    ema = protocol.get("ema")
+    if ema is None:
+        return NONE
+    return "live" if ema is False else f"EMA {plain(ema)}"
+
+
+def checkpoint_of(protocol: Mapping[str, Any]) -> str:
+    """`ema_0.9999_004500.pt (EMA 0.9999)`."""
+    name, weights = protocol.get("checkpoint"), weights_of(protocol)
+    if name is None:
+        return "weights not recorded"
+    return plain(name) if weights == NONE else f"{plain(name)} ({weights})"
+
+
+def sampler_of(protocol: Mapping[str, Any]) -> str:
+    """`Euler, 20 steps`, with churn and guidance where they are not the ODE's."""
+    if protocol.get("sampler") is None:
+        return "sampler not recorded"
+    text = f"{plain(protocol['sampler']).capitalize()}, {plain(protocol.get('steps'))} steps"
+    if churn := protocol.get("churn"):
+        text += f", SDE churn {plain(churn)}"
+    if (guidance := protocol.get("guidance")) not in (None, 1):
+        text += f", guidance {plain(guidance)}"
+    return text
+
+
+def essentials(protocol: Mapping[str, Any]) -> str:
+    """One line of what every figure should be read with."""
+    facts = [f"{data_of(protocol)} ({seen_of(protocol)})", checkpoint_of(protocol)]
+    facts += [f"z: {protocol['latent']}"] if protocol.get("latent") else []
+    facts += [f"seed {protocol['seed']}"] if protocol.get("seed") is not None else []
+    return sentence("; ".join(facts))
+
+
+def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def flat(value: Any, name: str = "", depth: int = 0) -> list[tuple[str, str]]:
+    """A nested object as dotted names and values."""
+    if isinstance(value, dict) and value and depth < _DEEPEST:
+        inner = (
+            flat(member, f"{name}.{key}" if name else key, depth + 1)
+            for key, member in value.items()
+        )
+        return [pair for pairs in inner for pair in pairs]
+    if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+        shown = ", ".join(map(_scalar, value[:_LONGEST])) or "none"
+        return [(name, shown + f" … ({len(value)} in all)" * (len(value) > _LONGEST))]
+    if isinstance(value, dict | list):
+        return [(name, f"{len(value)} entries")]
+    return [(name, _scalar(value))]
+
+
+def _scalar(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

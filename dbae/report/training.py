@@ -2,112 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
-from . import plots
-from .blocks import Block, Figure, Fold, Plot, Plots, Section, Text
+from . import plots, text
 from .folder import Run
-from .parts import command, section
-from .pictures import Album
-from .text import count, decimal
+from .page import Page
 
 _EARLIER = 8  # grids shown of all before the newest
-# Columns of progress.csv that share a drawing: (title, columns, names of series, logarithmic?).
-_PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], bool], ...] = (
-    ("Loss (weighted)", ("loss",), (), True),
-    ("xs_mse: unweighted error of D", ("xs_mse",), (), True),
-    ("Gradient norm", ("grad_norm", "grad_norm_encoder"), ("all", "encoder"), True),
-    ("Size of z", ("z_norm", "z_std"), ("mean norm |z|", "mean std of a dimension"), True),
-    ("Dead dimensions of z", ("z_dead",), (), False),
-    ("Images per second", ("images_per_s",), (), False),
+# Drawings: (title, {column of progress.csv: its name}, logarithmic?).
+_PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
+    ("Loss (weighted)", {"loss": ""}, True),
+    ("xs_mse: unweighted error of D", {"xs_mse": ""}, True),
+    ("Gradient norm", {"grad_norm": "all", "grad_norm_encoder": "encoder"}, True),
+    ("Size of z", {"z_norm": "mean norm |z|", "z_std": "mean std of a dimension"}, True),
+    ("Dead dimensions of z", {"z_dead": ""}, False),
+    ("Images per second", {"images_per_s": ""}, False),
 )
 
 
-def make(run: Run, album: Album) -> Section:
+def make(page: Page) -> Markup:
     """Curves and grids, as far as they are there."""
-    blocks = _curves(run) + _grids(run, album)
-    absent = command(run, "No training log", "bash train_dbae.sh DATASET SCHEDULE STO")
-    return section("training", "Training", absent, blocks)
+    shown = Markup()
+    if page.run.progress:
+        shown += page.attempt("progress.csv", "it", partial(_curves, page))
+    newest, earlier = page.run.samples[-1:], page.run.samples[-2::-1]
+    chosen = earlier[:: max(1, -(-len(earlier) // _EARLIER))]
+    shown += _grids(page, newest)
+    if chosen:
+        title = f"{len(chosen)} of {len(earlier)} earlier grids"
+        shown += page.html.fold(title, _grids(page, chosen))
+    return shown
 
 
-def _curves(run: Run) -> list[Block]:
-    if not run.progress:
-        return []
-    steps = run.progress["step"]
+def _curves(page: Page) -> Markup:
+    progress = page.run.progress
+    steps = progress["step"]
     window = 2 * max(1, len(steps) // 50) + 1
-    drawn, absent = [], []
-    for i, (title, columns, names, log) in enumerate(_PANELS):
-        there = [column for column in columns if np.isfinite(run.progress.get(column, [])).any()]
-        absent += [column for column in columns if column not in there]
+    drawn, absent, gaps = [], [], []
+    for title, columns, log in _PANELS:
+        there = {c: progress[c] for c in columns if np.isfinite(progress.get(c, [])).any()}
+        absent += [c for c in columns if c not in there]
+        lost = {c: int((~np.isfinite(values)).sum()) for c, values in there.items()}
+        gaps += [f"{c} ({rows} rows)" for c, rows in lost.items() if rows]
         if there:
-            series = [run.progress[column] for column in there]
-            percent = columns == ("z_dead",)
             svg = plots.lines(
-                f"training{i}", title, steps, series,
-                x_label="step", log=log, percent=percent, smooth=window,
+                "training", title, steps, list(there.values()), "step",
+                log=log, percent="z_dead" in there, smooth=window,
             )  # fmt: skip
-            shown = [name for name, c in zip(names, columns, strict=False) if c in there]
-            drawn.append(Plot(title, svg, shown))
-    blocks: list[Block] = [Text(_last_row(run))]
+            drawn.append((title, svg, [columns[c] for c in there] if len(columns) > 1 else ()))
+    shown = page.html.text(_last_row(page.run))
     if absent:
-        blocks.append(run.report("progress.csv", f"has no values of {', '.join(absent)}"))
-    if diverged := _not_finite(run, absent):
-        blocks.append(run.report("progress.csv", diverged))
+        shown += page.problem("progress.csv", f"has no values of {', '.join(absent)}")
+    if gaps:  # as a training that diverged has
+        shown += page.problem("progress.csv", f"has values that are not finite: {', '.join(gaps)}")
     caption = (
-        f"Training, from the {count(len(steps))} rows of progress.csv, each a mean over the steps "
-        f"since the row before. Thin: as logged; thick: mean over {window} rows."
+        f"Training, from the {text.count(len(steps))} rows of progress.csv, each a mean over the "
+        f"steps since the row before. Thin: as logged; thick: mean over {window} rows."
     )
-    return [*blocks, Plots(caption, drawn)] if drawn else blocks
-
-
-def _not_finite(run: Run, absent: Sequence[str]) -> str:
-    """Which curves have gaps, as those of a training that diverged have."""
-    gaps = {
-        column: int((~np.isfinite(run.progress[column])).sum())
-        for _, columns, *_ in _PANELS
-        for column in columns
-        if column not in absent
-    }
-    found = [f"{column} ({gap} rows)" for column, gap in gaps.items() if gap]
-    return f"has values that are not finite: {', '.join(found)}" if found else ""
+    return shown + page.html.plots(drawn, caption) if drawn else shown
 
 
 def _last_row(run: Run) -> str:
     """Where the training stands, in words."""
     last = {name: column[-1] for name, column in run.progress.items() if np.isfinite(column[-1])}
-    images = f" ({count(last['images'])} images)" if "images" in last else ""
+    said = f"Logged up to step {text.count(last['step'])}"
+    if "images" in last:
+        said += f" ({text.count(last['images'])} images)"
     figures = [
-        f"{name} {decimal(last[column], 4)}"
-        for name, column in (("loss", "loss"), ("xs_mse", "xs_mse"), ("|z|", "z_norm"))
+        f"{name} {text.decimal(last[column], 4)}"
+        for column, name in {"loss": "loss", "xs_mse": "xs_mse", "z_norm": "|z|"}.items()
         if column in last
     ]
-    text = f"Logged up to step {count(last['step'])}{images}"
-    text += f"; the last row has {', '.join(figures)}." if figures else "."
-    if last.get("replaced_images"):
-        text += f" {count(last['replaced_images'])} unreadable images were replaced."
-    return text
+    said += f"; the last row has {', '.join(figures)}." if figures else "."
+    if replaced := last.get("replaced_images"):
+        said += f" {text.count(replaced)} unreadable images were replaced."
+    return said
 
 
-def _grids(run: Run, album: Album) -> list[Block]:
-    """The newest grid, and up to eight earlier ones in a fold."""
-    if not run.samples:
-        return []
-    *earlier, newest = run.samples
-    every = max(1, -(-len(earlier) // _EARLIER))
-    older = [block for path in earlier[::-every] for block in _grid(run, album, path)]
-    shown = len(earlier[::-every])
-    fold = [Fold(f"{shown} of {len(earlier)} earlier grids", older)] if older else []
-    return [*_grid(run, album, newest), *fold]
-
-
-def _grid(run: Run, album: Album, path: Path) -> list[Block]:
-    step = path.stem.lstrip("0") or "0"
-    name = f"Originals, x_T and reconstructions by the averaged model at step {step}"
-
-    def figure() -> list[Block]:
-        return [Figure(f"{name} (samples/{path.name}).", [album.load(path, name)])]
-
-    return run.attempt(f"samples/{path.name}", figure)
+def _grids(page: Page, paths: Iterable[Path]) -> Markup:
+    shown = Markup()
+    for path in paths:
+        step = path.stem.lstrip("0") or "0"
+        caption = (
+            f"Originals, x_T and reconstructions by the averaged model at step {step} "
+            f"(samples/{path.name})."
+        )
+        grid = partial(page.strip, path, caption)
+        shown += page.attempt(f"samples/{path.name}", "it", grid)
+    return shown
