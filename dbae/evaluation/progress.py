@@ -53,13 +53,13 @@ class Progress:
         if self._bar is not None:
             if not self._steps:
                 self._bar.update()
-            self._bar.set_postfix_str(f"{rate:.1f} {self._unit}/s")
+            self._bar.set_postfix_str(f"{rate:.3g} {self._unit}/s")
         elif self._active and (last or now - self._last > 10):
             self._last = now
             left = (self._batches - self._done) / self._batches * self._images / rate
             print(
                 f"{self._what} {self._done * self._images // self._batches}/{self._images} "
-                f"{self._unit}, {rate:.1f} {self._unit}/s, ETA {left:.0f} s",
+                f"{self._unit}, {rate:.3g} {self._unit}/s, ETA {left:.0f} s",
                 flush=True,
             )
 

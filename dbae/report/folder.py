@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,17 +33,12 @@ _EXPECTED = (
 class Result:
     """The result of one evaluation."""
 
-    path: Path
-    label: str  # the path within the run's folder
+    folder: Path
+    label: str  # the file's path within the run's folder
     kind: str
     content: dict[str, Any]
     step: int  # of the checkpoint; −1 where it is not known
     checkpoint: str  # how the report calls it
-
-    @property
-    def folder(self) -> Path:
-        """Where the files that belong to it lie."""
-        return self.path.parent
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -88,11 +84,11 @@ def read_run(run_dir: Path) -> Run:
     if not config.is_file() and not log.is_file():
         _refuse_several(run.root, run_dir)
     if config.is_file():
-        run.config = _tried(run, config, lambda: _read_object(config)) or {}
+        run.config = _tried(run, config, partial(_read_object, config)) or {}
     if log.is_file():
-        run.progress = _tried(run, log, lambda: _read_progress(run, log)) or {}
+        run.progress = _tried(run, log, partial(_read_progress, run, log)) or {}
     run.samples = _samples(run.root)
-    found = [_tried(run, path, lambda p=path: _read_result(run, p)) for path in _results(run.root)]
+    found = [_tried(run, path, partial(_read_result, run, path)) for path in _results(run.root)]
     run.results = [result for result in found if result]
     if not (run.config or run.progress or run.samples or run.results or run.problems):
         raise UserError(f"{run_dir} holds nothing to report; {_EXPECTED}")
@@ -165,7 +161,7 @@ def _read_result(run: Run, path: Path) -> Result:
         raise ValueError(f"is of kind {kind!r}; this report knows {', '.join(KINDS)}")
     label = path.relative_to(run.root).as_posix()
     folders = [run.root.name, *label.split("/")[:-1]]
-    return Result(path, label, kind, content, *_checkpoint(folders, content))
+    return Result(path.parent, label, kind, content, *_checkpoint(folders, content))
 
 
 def _checkpoint(folders: Sequence[str], content: dict[str, Any]) -> tuple[int, str]:

@@ -3,91 +3,70 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from . import probes, reconstruction
+from . import probes, reconstruction, text
 from .folder import Result, Run
-from .page import Page
-from .text import (
-    NONE,
-    checkpoint_of,
-    count,
-    data_of,
-    decimal,
-    estimate,
-    figure,
-    plain,
-    sampler_of,
-    seen_of,
-)
 
 
-def facts(page: Page) -> list[tuple[str, str]]:
+def facts(run: Run) -> list[tuple[str, str]]:
     """What the run is, as far as its configuration or its results tell."""
-    run = page.run
-    models = [("config.json", run.config), *((r.label, r.protocol) for r in run.results)]
-    source, model = next(((f, c["model"]) for f, c in models if c.get("model")), ("", {}))
-    found: list[tuple[str, str]] = []
-    for file, make in (
-        ("config.json", partial(_data, run)), (source, partial(_model, model)),
-        ("config.json", partial(_course, run)),
-    ):  # fmt: skip
-        made = page.attempt(file, "the description", make)
-        found += made if isinstance(made, list) else []
-    return [(term, text) for term, text in found if text not in ("", NONE)]
+    found = {
+        "Training data": _data(run), **_model(run), "Steps": _steps(run), "Batch": _batch(run),
+        "Evaluated": _evaluated(run), "EMA decay": text.plain(run.setting("train", "ema_rate")),
+    }  # fmt: skip
+    return [(term, what) for term, what in found.items() if what not in ("", text.NONE)]
 
 
-def _data(run: Run) -> list[tuple[str, str]]:
-    if data := run.config.get("data"):
-        text = f"{data_of({'dataset': data})}, {count(data.get('n'))} images"
-    else:
-        text = plain(run.setting("train", "dataset"))
-    return [("Training data", text)]
+def _data(run: Run) -> str:
+    data = run.config.get("data")
+    if not data:
+        return text.plain(run.setting("train", "dataset"))
+    return f"{text.data_of({'dataset': data})}, {text.count(data.get('n'))} images"
 
 
-def _model(model: dict[str, Any]) -> list[tuple[str, str]]:
-    size, dim, schedule = (plain(model.get(k)) for k in ("image_size", "latent_dim", "schedule"))
-    kinds = {True: ", stochastic encoder (DBAE)", False: ", deterministic encoder (DBAE-d)"}
-    kind, end = kinds.get(model.get("stochastic"), ""), model.get("end_data")
-    return [
-        ("Images", NONE if size == NONE else f"{size}×{size} pixels, RGB"),
-        ("Latent z", NONE if dim == NONE else f"{dim} numbers{kind}"),
-        ("Bridge", schedule + (f", σ_T {plain(end)}" if end is not None else "")),
-    ]
-
-
-def _course(run: Run) -> list[tuple[str, str]]:
-    most, batch, rate, ema = (
-        run.setting("train", key) for key in ("max_steps", "batch_size", "lr", "ema_rate")
+def _model(run: Run) -> dict[str, str]:
+    files = [run.config, *(result.protocol for result in run.results)]
+    model: dict[str, Any] = next((file["model"] for file in files if file.get("model")), {})
+    size, dim, schedule, end = (
+        text.plain(model.get(key)) for key in ("image_size", "latent_dim", "schedule", "end_data")
     )
-    steps = ""
-    if run.progress:
-        images = run.progress.get("images", np.array([np.nan]))[-1]
-        steps = count(run.progress["step"][-1]) + (f" of {count(most)}" if most else "")
-        steps += f", {count(images)} images" if np.isfinite(images) else ""
-    world = run.setting("environment", "world_size") or 1
-    processes = f" × {plain(world)} processes" if world != 1 else ""
-    speed = f", learning rate {plain(rate)}" if rate else ""
-    return [
-        ("Steps", steps),
-        ("Batch", f"{count(batch)} images{processes}{speed}" if batch else ""),
-        ("Evaluated", _evaluated(run)),
-        ("EMA decay", plain(ema)),
-    ]
+    kind = {
+        "yes": ", stochastic encoder (DBAE)", "no": ", deterministic encoder (DBAE-d)",
+    }.get(text.plain(model.get("stochastic")), "")  # fmt: skip
+    return {
+        "Images": f"{size}×{size} pixels, RGB" if size != text.NONE else "",
+        "Latent z": f"{dim} numbers{kind}" if dim != text.NONE else "",
+        "Bridge": schedule + (f", σ_T {end}" if end != text.NONE else ""),
+    }
+
+
+def _steps(run: Run) -> str:
+    if not run.progress:
+        return ""
+    most = run.setting("train", "max_steps")
+    images = run.progress.get("images", np.array([np.nan]))[-1]
+    said = text.count(run.progress["step"][-1]) + (f" of {text.count(most)}" if most else "")
+    return said + (f", {text.count(images)} images" if np.isfinite(images) else "")
+
+
+def _batch(run: Run) -> str:
+    batch, rate = run.setting("train", "batch_size"), run.setting("train", "lr")
+    processes = run.setting("environment", "world_size") or 1
+    if not batch:
+        return ""
+    said = f"{text.count(batch)} images" + (f" × {processes} processes" if processes != 1 else "")
+    return said + (f", learning rate {text.plain(rate)}" if rate else "")
 
 
 def _evaluated(run: Run) -> str:
     """The checkpoints that the results are of, the newest first."""
     order = sorted(run.results, key=lambda result: (-result.step, result.checkpoint))
-    names = dict.fromkeys(
-        checkpoint_of(result.protocol) for result in order if result.protocol.get("checkpoint")
-    )
-    newest, *older = names or [""]
+    protocols = [result.protocol for result in order if result.protocol.get("checkpoint")]
+    newest, *older = dict.fromkeys(map(text.checkpoint_of, protocols)) or [""]
     return newest + (f", and {len(older)} more" if older else "")
 
 
@@ -99,12 +78,16 @@ def summary(run: Run) -> Markup:
     sentences = []
     for kind, title, make in (
         ("reconstruction", "Reconstruction", _reconstruction),
-        ("classification", "Classification probe", partial(_probe, probes.CLASSIFICATION)),
-        ("regression", "Regression probe", partial(_probe, probes.REGRESSION)),
+        ("classification", "Classification probe", _probe),
+        ("regression", "Regression probe", _probe),
         ("latents", "The latent z", _latents),
     ):
         for checkpoint, results in run.of_kind(kind).items():
-            if found := _readable(results, make):
+            found = []
+            for result in results:
+                with contextlib.suppress(Exception):  # its section says what is wrong
+                    found.append(make(result))
+            if found:
                 sentence = Markup('<a href="#{}">{}</a> ({}): {}.')
                 sentences.append(sentence.format(kind, title, checkpoint, min(found)[1]))
                 break
@@ -113,20 +96,13 @@ def summary(run: Run) -> Markup:
     return Markup(" ").join(sentences)
 
 
-def _readable(
-    results: Sequence[Result], make: Callable[[Result], tuple[float, str]]
-) -> list[tuple[float, str]]:
-    """(rank, text) of each result that is not damaged; the lowest rank is the best."""
-    found = []
-    for result in results:
-        with contextlib.suppress(Exception):  # its section says what is wrong
-            found.append(make(result))
-    return found
+# Each gives (rank, text) of a result; the lowest rank is the best.
 
 
 def _reconstruction(result: Result) -> tuple[float, str]:
     """Ranked by: counted rightly, images not trained on, then MSE."""
     scored, protocol = reconstruction.read(result), result.protocol
+    error, _ = scored.own.scores["mse"]
     figures = ", ".join(
         f"{metric.upper()} {reconstruction.mean_text(metric, mean)}"
         for metric, (mean, _) in scored.own.scores.items()
@@ -134,46 +110,46 @@ def _reconstruction(result: Result) -> tuple[float, str]:
     rivals = ", ".join(
         f"{reconstruction.mean_text('mse', row.scores['mse'][0])} ({row.method})"
         for row in scored.others
-        if "mse" in row.scores
+        if row.scores
     )
-    text = (
-        f"{count(scored.own.n)} images, {data_of(protocol)} ({seen_of(protocol)}), are rebuilt "
-        f"with {figures} ({sampler_of(protocol)}, {count(protocol.get('nfe'))} NFE)"
+    said = (
+        f"{scored.own.about[0]} images, {text.data_of(protocol)} ({text.seen_of(protocol)}), "
+        f"are rebuilt with {figures} ({text.sampler_of(protocol)}, "
+        f"{text.count(protocol.get('nfe'))} NFE)"
     )
-    rank = scored.own.scores["mse"][0] + 2 * (protocol.get("seen_in_training") is True)
-    return rank + 4 * scored.compat, text + (f", against an MSE of {rivals}" if rivals else "")
+    said += f", against an MSE of {rivals}" if rivals else ""
+    return error + 2 * bool(protocol.get("seen_in_training")) + 4 * scored.compat, said
 
 
-def _probe(task: probes.Task, result: Result) -> tuple[float, str]:
-    """Ranked by the task's first measure."""
-    rows, measure = result.content["rows"], task.measures[0]
+def _probe(result: Result) -> tuple[float, str]:
+    """Ranked by the first of the kind's figures."""
+    rows, (key, title) = result.content["rows"], probes.first_figure(result)
     main = probes.main_row(rows)
-    text = (
-        f"a linear map of z reaches a mean {measure.name} of {figure(main[measure.key]).striptags()} "
-        f"on {count(main.get('n_test'))} test images, {data_of(result.protocol)} "
-        f"({main.get('probe')} probe)"
-    )
+    value, *_ = text.estimate(main[key])
+    if value is None:
+        raise ValueError("the mean is undefined")
     rivals = [
-        (estimate(row[measure.key])[0], row["method"])
+        (rival, row["method"])
         for row in rows
         if row.get("probe") == main.get("probe") and row["method"] != main["method"]
+        if (rival := text.estimate(row[key])[0]) is not None
     ]
-    against = [f"{decimal(value)} ({method})" for value, method in sorted(rivals)[-1:]]
-    base = estimate((result.content.get("base_rate") or {}).get(measure.key))[0]
-    if base is not None:
-        against.append(f"{decimal(base)} (knowing nothing)")
-    return -estimate(main[measure.key])[0], text + (
-        f", against {' and '.join(against)}" if against else ""
+    said = (
+        f"a linear map of z reaches a mean {title} of {text.figure(main[key]).striptags()} on "
+        f"{text.count(main.get('n_test'))} test images, {text.data_of(result.protocol)} "
+        f"({main.get('probe')} probe)"
     )
+    against = [f"{text.decimal(figure)} ({method})" for figure, method in sorted(rivals)[-1:]]
+    base = text.decimal((result.content.get("base_rate") or {}).get(key))
+    against += [f"{base} (knowing nothing)"] if base != text.NONE else []
+    return -value, said + (f", against {' and '.join(against)}" * bool(against))
 
 
 def _latents(result: Result) -> tuple[float, str]:
     """Ranked by the effective rank."""
-    z = result.content["z"]
-    rank = z["effective_rank"]
-    text = (
-        f"over {count(result.content.get('n'))} images, {data_of(result.protocol)}, it has an "
-        f"effective rank of {decimal(rank, 1)}, and {len(z.get('dead') or [])} of its "
-        f"{len(z['std'])} dimensions are dead"
+    z, n = result.content["z"], text.count(result.content.get("n"))
+    dead, rank = len(z.get("dead") or []), z["effective_rank"]
+    return -rank, (
+        f"over {n} images, {text.data_of(result.protocol)}, it has an effective rank of "
+        f"{text.decimal(rank, 1)}, and {dead} of its {len(z['std'])} dimensions are dead"
     )
-    return -rank, text

@@ -47,7 +47,7 @@ class Page:
         return self.html.text(f"{file}: {what}", "problem")
 
     def attempt(self, file: str, part: str, make: Callable[[], T]) -> T | Markup:
-        """What `make` returns, or a line that names file and part where it fails."""
+        """What `make` returns; where it fails, a line that names file, part (or "") and reason."""
         try:
             return make()
         except KeyError as error:
@@ -66,7 +66,11 @@ class Page:
 
     def each(self, kind: str, make: Callable[[Page, Result], Markup]) -> Markup:
         """`by_checkpoint` for results that have nothing to do with each other."""
-        return self.by_checkpoint(kind, lambda rs: Markup().join(make(self, r) for r in rs))
+
+        def one(result: Result) -> Markup:
+            return self.attempt(result.label, "", partial(make, self, result))
+
+        return self.by_checkpoint(kind, lambda results: Markup().join(map(one, results)))
 
     def parts(
         self,
@@ -94,10 +98,8 @@ class Page:
     def file(self, path: Path) -> Path:
         """`path` itself, where it is a file of the run's folder; ValueError where it is not."""
         real = path.resolve()
-        if not real.is_relative_to(self.run.root):
-            raise ValueError(f"{path.name} lies outside of the run's folder")
-        if not real.is_file():
-            raise ValueError(f"{path.name} is not there")
+        if not (real.is_relative_to(self.run.root) and real.is_file()):
+            raise ValueError(f"{path.name} is no file of the run's folder")
         return real
 
     def strip(self, path: Path, caption: str, labels: Sequence[Sequence[str]] = ()) -> Markup:

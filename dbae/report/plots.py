@@ -52,13 +52,12 @@ def lines(
     def draw(axes: Axes) -> None:
         for y, colour in zip(series, _COLOURS, strict=False):
             there = np.isfinite(y)
-            x_there, y_there = x[: len(y)][there], y[there]
-            marker = "o" if len(y) <= 64 and not smooth else ""
-            thin = {"alpha": 0.35, "linewidth": 0.7} if smooth else {"linewidth": 1.5}
-            axes.plot(*reduced(x_there, y_there), color=colour, marker=marker, ms=2.7, **thin)
+            points, y = x[: len(y)][there], y[there]
             if smooth:
-                mean = moving_average(y_there, smooth)
-                axes.plot(*reduced(x_there, mean), color=colour, linewidth=1.6)
+                axes.plot(*reduced(points, y), color=colour, alpha=0.35, linewidth=0.7)
+                y = moving_average(y, smooth)
+            marker = "o" if len(y) <= 64 and not smooth else ""
+            axes.plot(*reduced(points, y), color=colour, linewidth=1.6, marker=marker, ms=2.7)
         if floor:
             axes.axhline(floor, color=_COLOURS[1], linewidth=1.2, linestyle=(0, (4, 3)))
         if log and any((y > 0).any() for y in series):

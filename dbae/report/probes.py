@@ -4,66 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from . import plots
+from . import plots, text
 from .folder import Result
 from .page import Page
-from .text import (
-    NONE,
-    best_of,
-    checkpoint_of,
-    count,
-    data_of,
-    decimal,
-    essentials,
-    estimate,
-    figure,
-)
 
 _CONVERGED = ("converged", "ridge")  # names of probes that stand at the minimum of their loss
-_NOTHING = "knowing nothing"
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Measure:
-    """A figure of a probe."""
-
-    key: str
-    name: str
-    lower_is_better: bool = False
-
-    @property
-    def title(self) -> str:
-        """With the direction that is good."""
-        return f"{self.name}\N{NO-BREAK SPACE}{'↓' if self.lower_is_better else '↑'}"
-
-
-@dataclasses.dataclass(frozen=True)
 class Task:
-    """What differs between the two kinds of probes. The first measure ranks methods."""
+    """What differs between the two kinds of probes. Figures are named by their keys."""
 
-    kind: str
-    measures: tuple[Measure, Measure]
-    scale: tuple[str, str]  # member of an attribute that its figures depend on, and its title
-    mark: str  # what the upright line at each bar means: the scale, or else 0
-    valid: tuple[str, str]  # the history's figure on validation data, and its name
+    figures: dict[str, str]  # titles; the first ranks methods
+    lower_is_better: str | None  # one of the figures
+    scale: str  # what an attribute's figures depend on
+    mark: str | None  # where the scale marks a bar, what it means there; else the mark is at 0
+    valid: str  # the history's figure on validation data
 
 
-CLASSIFICATION = Task(
-    "classification", (Measure("ap", "AP"), Measure("accuracy", "Accuracy")),
-    ("base_rate", "Base rate"), "base rate, the AP of a random order", ("valid_ap", "AP"),
-)  # fmt: skip
-REGRESSION = Task(
-    "regression",
-    (Measure("pearson_r", "Pearson's r"), Measure("mse", "MSE", lower_is_better=True)),
-    ("variance", "Variance"), "no correlation", ("valid_mse", "MSE"),
-)  # fmt: skip
+TASKS = {
+    "classification": Task(
+        {"ap": "AP", "accuracy": "Accuracy"}, None, "base_rate",
+        "base rate, the AP of a random order", "valid_ap",
+    ),
+    "regression": Task(
+        {"pearson_r": "Pearson's r", "mse": "MSE"}, "mse", "variance", None, "valid_mse"
+    ),
+}  # fmt: skip
+
+
+def first_figure(result: Result) -> tuple[str, str]:
+    """Key and title of the figure that ranks methods."""
+    return next(iter(TASKS[result.kind].figures.items()))
 
 
 def main_row(rows: Sequence[Row]) -> Row:
@@ -72,90 +50,92 @@ def main_row(rows: Sequence[Row]) -> Row:
     return next((row for row in ours if row.get("probe") in _CONVERGED), ours[0])
 
 
-def name_of(row: Row) -> str:
-    """Method and probe."""
+def _name(row: Row) -> str:
     return f"{row['method']}, {row.get('probe') or 'probe not named'}"
 
 
-def make(task: Task, page: Page) -> Markup:
-    """Tables, bars and history of every result of the task."""
-    return page.each(task.kind, partial(_result, task, page))
+def _titles(task: Task) -> list[str]:
+    """Of the figures, with the direction that is good."""
+    arrows = {key: "↓" if key == task.lower_is_better else "↑" for key in task.figures}
+    return [f"{title}\N{NO-BREAK SPACE}{arrows[key]}" for key, title in task.figures.items()]
 
 
-def _result(task: Task, page: Page, result: Result) -> Markup:
-    keys = ("rows", _table), ("published", _published), ("rows", _bars), ("rows", _attributes)
-    parts = [
-        (key, partial(part, task, page, result))
-        for key, part in (*keys, ("rows", _history), ("left_out", _left_out))
-    ]
-    return page.parts(result, parts, ("rows", "base_rate"))
+def make(page: Page, result: Result) -> Markup:
+    """Tables, bars and history of a result."""
+    parts = (
+        ("rows", _table), ("published", _published), ("rows", _bars), ("rows", _attributes),
+        ("rows", _history), ("left_out", _left_out),
+    )  # fmt: skip
+    return page.parts(result, parts, ("protocol", "rows", "base_rate"))
 
 
 # Tables ---------------------------------------------------------------------------------------
 
 
-def _table(task: Task, page: Page, result: Result) -> Markup:
+def _table(page: Page, result: Result) -> Markup:
     """A row for each method and probe, the best of each column in bold."""
-    rows, base = result.content["rows"], result.content.get("base_rate")
+    task, rows = TASKS[result.kind], result.content["rows"]
     best = {
-        m.key: best_of([estimate(row.get(m.key))[0] for row in rows], m.lower_is_better)
-        for m in task.measures
+        key: text.best_of(
+            [text.estimate(row.get(key))[0] for row in rows], key == task.lower_is_better
+        )
+        for key in task.figures
     }
     cells: list[list[str]] = []
     for row in rows:
-        row[task.measures[0].key]  # may be null, not absent
-        figures = [figure(row.get(key), best=top) for key, top in best.items()]
-        sizes = [count(row.get(key)) for key in ("dim", "n_train", "n_valid", "n_test")]
-        epoch = count(row.get("best_epoch") or row.get("epoch"))
-        cells.append([row["method"], row.get("probe") or NONE, *figures, *sizes, epoch])
-    if base:
-        cells.append([_NOTHING, NONE, *(figure(base.get(key)) for key in best), *[NONE] * 5])
+        row[first_figure(result)[0]]  # may be null, not absent
+        figures = [text.figure(row.get(key), best=top) for key, top in best.items()]
+        sizes = [text.count(row.get(key)) for key in ("dim", "n_train", "n_valid", "n_test")]
+        epoch = text.count(row.get("best_epoch") or row.get("epoch"))
+        cells.append([row["method"], row.get("probe") or text.NONE, *figures, *sizes, epoch])
+    if base := result.content.get("base_rate"):
+        figures = [text.figure(base.get(key)) for key in best]
+        cells.append(["knowing nothing", text.NONE, *figures, *[text.NONE] * 5])
     interval = result.protocol.get("interval") or "95 % bootstrap intervals"
     caption = (
-        f"Linear probes, {task.kind}: means over attributes on the test part; in brackets: "
-        f"{interval}. Best of each column in bold. {essentials(result.protocol)}"
+        f"Linear probes, {result.kind}: means over attributes on the test part; in brackets: "
+        f"{interval}. Best of each column in bold. {text.essentials(result.protocol)}"
     )
-    titles = [measure.title for measure in task.measures]
-    head = ("Features", "Probe", *titles, "Dim.", "n train", "n valid", "n test", "Epoch")
+    head = ("Features", "Probe", *_titles(task), "Dim.", "n train", "n valid", "n test", "Epoch")
     notes = [note for row in rows for note in _notes(row)]
     return page.html.table(caption, head, cells, notes, words=(0, 1))
 
 
 def _notes(row: Row) -> list[str]:
     """What the table cannot say of a row."""
-    notes = [str(row["note"])] if row.get("note") else []
+    notes = [row["note"]] if row.get("note") else []
     if names := row.get("not_converged"):
         notes.append(f"not converged for {', '.join(names)}")
     if undefined := row.get("undefined"):
-        notes.append(f"undefined for {count(undefined)} attributes, left out of the mean")
-    return [f"{name_of(row)}: {note}." for note in notes]
+        notes.append(f"undefined for {text.count(undefined)} attributes, left out of the mean")
+    return [f"{_name(row)}: {note}." for note in notes]
 
 
-def _published(task: Task, page: Page, result: Result) -> Markup:
+def _published(page: Page, result: Result) -> Markup:
     """The paper's rows, where the file has them."""
-    published = result.content["published"]
+    published, task = result.content["published"], TASKS[result.kind]
     if not published:
         return Markup()
     found = {(row["method"], row["trained_on"]): row for row in published}
     columns = [
-        (data, measure)
+        (data, key, title)
         for data in dict.fromkeys(row["trained_on"] for row in published)
-        for measure in task.measures
-        if measure.key in published[0]
+        for key, title in zip(task.figures, _titles(task), strict=True)
+        if key in published[0]
     ]
     rows = [
-        [method, *(decimal(found.get((method, data), {}).get(m.key)) for data, m in columns)]
+        [method, *(text.decimal(found[method, data].get(key)) for data, key, _ in columns)]
         for method in dict.fromkeys(row["method"] for row in published)
     ]
     caption = (
         "Published, not measured here: Table 1 of the DBAE paper, linear probes by the paper's "
         "recipe on z of 512 numbers, by the data that the model was trained on."
     )
-    head = ("Method", *(f"{data}: {measure.title}" for data, measure in columns))
+    head = ("Method", *(f"{data}: {title}" for data, _, title in columns))
     return page.html.table(caption, head, rows, tone="published")
 
 
-def _left_out(task: Task, page: Page, result: Result) -> Markup:
+def _left_out(page: Page, result: Result) -> Markup:
     parts = [f"{entry['name']} ({entry['reason']})" for entry in result.content["left_out"]]
     return page.html.text(f"Left out: {'; '.join(parts)}.", "note") if parts else Markup()
 
@@ -163,57 +143,53 @@ def _left_out(task: Task, page: Page, result: Result) -> Markup:
 # Attributes -----------------------------------------------------------------------------------
 
 
-def _bars(task: Task, page: Page, result: Result) -> Markup:
+def _bars(page: Page, result: Result) -> Markup:
     """One bar per attribute of the row that the result is judged by."""
-    main, measure = main_row(result.content["rows"]), task.measures[0]
-    with_base = task is CLASSIFICATION
+    task, main = TASKS[result.kind], main_row(result.content["rows"])
+    key, title = first_figure(result)
     bars = []
     for attribute in main.get("attributes") or []:
-        value, low, high = estimate(attribute.get(measure.key))
+        value, low, high = text.estimate(attribute.get(key))
         if value is not None:
-            base = attribute.get(task.scale[0]) or 0 if with_base else 0
-            bar = {"name": attribute["name"], "value": value, "low": low, "high": high}
-            bars.append({**bar, "base": base})
+            base = (task.mark and attribute.get(task.scale)) or 0
+            bars.append((attribute["name"], value, low, high, base))
     if not bars:
         return Markup()
-    bars.sort(key=lambda bar: (-bar["value"], bar["name"]))
-    lowest = min(min(bar["value"], bar["low"] or 0) for bar in bars)
-    low = 0.0 if lowest >= 0 else -1.0 if lowest < -0.5 else -0.5
+    bars.sort(key=lambda bar: (-bar[1], bar[0]))
+    lowest = min(min(value, low or 0) for _, value, low, _, _ in bars)
+    start = 0 if lowest >= 0 else -1 if lowest < -0.5 else -0.5
     caption = (
-        f"{measure.name} of each of {len(bars)} attributes: {name_of(main)}; n = "
-        f"{count(main.get('n_test'))} test images, {data_of(result.protocol)}, "
-        f"{checkpoint_of(result.protocol)}. Axis from {low:g} to 1; whisker: 95 % interval; "
-        f"upright line: {task.mark}."
+        f"{title} of each of {len(bars)} attributes: {_name(main)}; n = "
+        f"{text.count(main.get('n_test'))} test images, {text.data_of(result.protocol)}, "
+        f"{text.checkpoint_of(result.protocol)}. Axis from {start:g} to 1; whisker: 95 % interval; "
+        f"upright line: {task.mark or 'no correlation'}."
     )
-    return page.html.bars(caption, measure.name, bars, low, task.scale[1] if with_base else "")
+    return page.html.bars(caption, title, bars, start, bool(task.mark))
 
 
-def _attributes(task: Task, page: Page, result: Result) -> Markup:
+def _attributes(page: Page, result: Result) -> Markup:
     """All figures of all attributes and rows, folded."""
-    tables = Markup()
-    head = ("Attribute", *(measure.title for measure in task.measures), task.scale[1])
+    task, tables = TASKS[result.kind], Markup()
+    head = ("Attribute", *_titles(task), task.scale.capitalize().replace("_", " "))
     for row in result.content["rows"]:
         cells = [
             [
-                attribute["name"],
-                *(figure(attribute.get(measure.key)) for measure in task.measures),
-                decimal(attribute.get(task.scale[0])),
+                attribute["name"], *(text.figure(attribute.get(key)) for key in task.figures),
+                text.decimal(attribute.get(task.scale)),
             ]
             for attribute in row.get("attributes") or []
-        ]
-        caption = f"{name_of(row)}; n = {count(row.get('n_test'))} test images."
-        tables += page.html.table(caption, head, cells) if cells else ""
+        ]  # fmt: skip
+        caption = f"{_name(row)}; n = {text.count(row.get('n_test'))} test images."
+        tables += page.html.table(caption, head, cells) if cells else Markup()
     return page.html.fold("Every attribute, every probe", tables) if tables else tables
 
 
-def _history(task: Task, page: Page, result: Result) -> Markup:
+def _history(page: Page, result: Result) -> Markup:
     """Training loss and validation figure of the paper's probe, per method."""
     rows = {row["method"]: row for row in result.content["rows"] if row.get("history")}
-    names = list(rows)[: plots.SERIES]
-    drawn = []
-    for key, title in (
-        ("train_loss", "Training loss"), (task.valid[0], f"{task.valid[1]} on validation"),
-    ):  # fmt: skip
+    names, valid, drawn = list(rows)[: plots.SERIES], TASKS[result.kind].valid, []
+    figure = valid.removeprefix("valid_").upper()
+    for key, title in (("train_loss", "Training loss"), (valid, f"{figure} on validation")):
         series = [
             np.array([epoch.get(key) for epoch in rows[name]["history"]], dtype=np.float64)
             for name in names
@@ -221,46 +197,38 @@ def _history(task: Task, page: Page, result: Result) -> Markup:
         if any(np.isfinite(y).any() for y in series):
             epochs = np.arange(1, max(map(len, series)) + 1)
             drawn.append((title, plots.lines(result.label, title, epochs, series, "epoch"), names))
-    sizes = ", ".join(sorted({count(rows[name].get("n_valid")) for name in names}))
-    caption = (
-        f"The paper's probe, epoch by epoch: n valid = {sizes}; {checkpoint_of(result.protocol)}."
-    )
+    sizes = ", ".join(sorted({text.count(rows[name].get("n_valid")) for name in names}))
+    weights = text.checkpoint_of(result.protocol)
+    caption = f"The paper's probe, epoch by epoch: n valid = {sizes}; {weights}."
     return page.html.plots(drawn, caption) if drawn else Markup()
 
 
 # Disentanglement ------------------------------------------------------------------------------
 
 
-def disentanglement(page: Page) -> Markup:
-    """TAD of every classification result that has it."""
-
-    def part(result: Result) -> Markup:
-        if result.content.get("disentanglement") is None:
-            return Markup()
-        return page.attempt(result.label, "disentanglement", partial(_tad, page, result))
-
-    return page.each("classification", part)
-
-
-def _tad(page: Page, result: Result) -> Markup:
-    found = result.content["disentanglement"]
-    captured = f"{count(found.get('captured'))} of {count(found.get('considered'))}"
-    facts = page.html.facts([("TAD", decimal(found["tad"])), ("Attributes captured", captured)])
-    n = count((result.content.get("rows") or [{}])[0].get("n_test"))
-    note = f"n = {n} test images. {essentials(result.protocol)} {found.get('definition') or ''}"
-    attributes = found.get("attributes") or []
-    rows = [
-        [
-            a["name"],
-            count(a.get("dimension")),
-            *map(decimal, (a["best"], a["second"], a["best"] - a["second"])),
-        ]
-        for a in sorted(attributes, key=lambda a: (a["second"] - a["best"], a["name"]))
+def disentanglement(page: Page, result: Result) -> Markup:
+    """TAD of a classification result, if it has it."""
+    if result.content.get("disentanglement") is None:
+        return Markup()
+    found, rows = result.content["disentanglement"], result.content.get("rows") or [{}]
+    captured = f"{text.count(found.get('captured'))} of {text.count(found.get('considered'))}"
+    facts = [("TAD", text.decimal(found["tad"])), ("Attributes captured", captured)]
+    note = (
+        f"n = {text.count(rows[0].get('n_test'))} test images. "
+        f"{text.essentials(result.protocol)} {found.get('definition') or ''}"
+    )
+    shown = page.html.facts(facts) + page.html.text(note, "note")
+    attributes = [
+        (a["best"] - a["second"], a["best"], a["second"], a.get("dimension"), a["name"])
+        for a in found.get("attributes") or []
     ]
-    shown = facts + page.html.text(note, "note")
-    if rows:
+    if attributes:
+        cells = [
+            [name, text.count(dimension), *map(text.decimal, (best, second, difference))]
+            for difference, best, second, dimension, name in sorted(attributes, reverse=True)
+        ]
         head = ("Attribute", "Dimension of z", "Best AUROC", "Second", "Difference")
         caption = "The dimensions of z that tell most about each attribute considered."
-        table = page.html.table(caption, head, rows)
+        table = page.html.table(caption, head, cells)
         shown += page.html.fold("Every attribute considered", table)
     return shown

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,22 +16,9 @@ from torch import Tensor
 from ..evaluation import published
 from ..evaluation.metrics import mse
 from ..evaluation.results import find_pairs, read_samples
-from . import plots
+from . import plots, text
 from .folder import Result
 from .page import Page
-from .text import (
-    NONE,
-    best_of,
-    checkpoint_of,
-    count,
-    data_of,
-    decimal,
-    plain,
-    sampler_of,
-    seen_of,
-    weights_of,
-    with_small,
-)
 
 _EXAMPLES = 4  # images shown of the best, of the median and of the worst
 _SMALL = 128  # pixels of an image that is shown by itself
@@ -44,59 +31,59 @@ class Row(NamedTuple):
 
     method: str
     scores: Mapping[str, tuple[float, float | None]]  # metric → mean, standard error
-    n: int | None
-    about: Sequence[str]  # sampler, NFE, seed, z, weights
-    note: str
+    about: Sequence[str]  # n, sampler, NFE, seed, z
+    note: str = ""
 
 
 class Scored(NamedTuple):
-    """A result's own row, and those of other methods on the same images."""
+    """A result, its own row, and those of other methods on the same images."""
 
     result: Result
-    sampler: str
-    compat: bool  # counted as the published script does
     own: Row
     others: Sequence[Row]
-    images: Sequence[str]  # what results on the same images have in common
+    compat: bool  # counted as the published script does
+    images: Any  # what results of one table have in common: images, counting, weights
 
 
 def read(result: Result) -> Scored:
     """The rows of a result; any exception where its file is damaged."""
     content, protocol = result.content, result.protocol
-    compat, sampler = _is_compat(content), sampler_of(protocol)
-    about = (
-        sampler, count(protocol.get("nfe")), plain(protocol.get("seed")),
-        plain(protocol.get("latent")), weights_of(protocol),
-    )  # fmt: skip
-    own = _row("DBAE, counted as published" if compat else "DBAE", content, about)
+    compat = _is_compat(content)
+    how = (text.sampler_of(protocol), *_about(protocol), text.plain(protocol.get("latent")))
+    own = _row("DBAE, counted as published" if compat else "DBAE", content, how)
     others = []
     if standard := content.get("standard"):
         rightly = {**standard, "lpips": content.get("lpips")}
-        others.append(_row("DBAE, counted rightly", rightly, about))
+        others.append(_row("DBAE, counted rightly", rightly, how))
     for name, found in (content.get("baselines") or {}).items():
-        label = found.get("label", name)
+        label = str(found.get("label", name))
         if reason := found.get("reason"):
-            others.append(Row(label, {}, None, (NONE,) * 5, reason))
+            others.append(Row(label, {}, [text.NONE] * 5, reason))
         elif _is_compat(found) == compat:
-            how = (NONE, count(found.get("nfe")), plain(found.get("seed")), NONE, NONE)
+            how = (text.NONE, *_about(found), text.NONE)
             others.append(_row(label, found, how, found.get("note") or ""))
-    fingerprint = plain((protocol.get("dataset") or {}).get("fingerprint"))
-    images = (fingerprint, data_of(protocol), seen_of(protocol), count(own.n), str(compat))
-    return Scored(result, sampler, compat, own, others, images)
+    same = (
+        text.plain((protocol.get("dataset") or {}).get("fingerprint")), text.data_of(protocol),
+        text.seen_of(protocol), own.about[0], compat, text.checkpoint_of(protocol),
+    )  # fmt: skip
+    return Scored(result, own, others, compat, same)
 
 
 def _is_compat(content: Mapping[str, Any]) -> bool:
-    stated = (content.get("protocol") or content).get("reference_compat")
-    return stated is True
+    return (content.get("protocol") or content).get("reference_compat") is True
 
 
-def _row(method: str, figures: Mapping[str, Any], about: Sequence[str], note: str = "") -> Row:
+def _about(found: Mapping[str, Any]) -> tuple[str, str]:
+    return text.count(found.get("nfe")), text.plain(found.get("seed"))
+
+
+def _row(method: str, figures: Mapping[str, Any], how: Sequence[str], note: str = "") -> Row:
     scores = {}
     for metric in _LOWER_IS_BETTER:
         if score := figures.get(metric):
             error = score.get("stderr")
             scores[metric] = float(score["mean"]), None if error is None else float(error)
-    return Row(method, scores, int(figures["mse"]["n"]), about, note)
+    return Row(method, scores, (text.count(figures["mse"]["n"]), *how), note)
 
 
 def make(page: Page) -> Markup:
@@ -107,21 +94,22 @@ def make(page: Page) -> Markup:
 
 def _of_checkpoint(page: Page, results: Sequence[Result]) -> Markup:
     shown = Markup()
-    sets: dict[Sequence[str], list[Scored]] = {}
+    sets: dict[Any, list[Scored]] = {}
     for result in results:
-        scored = page.attempt(result.label, "the scores", partial(read, result))
-        if isinstance(scored, Scored):
-            sets.setdefault(scored.images, []).append(scored)
-        else:
+        scored = page.attempt(result.label, "", partial(read, result))
+        if isinstance(scored, Markup):
             shown += scored
+        else:
+            sets.setdefault(scored.images, []).append(scored)
     for same in sets.values():
         same.sort(key=lambda scored: scored.own.scores["mse"][0])
-        shown += _table(page, same)
-        first, *more = same
-        shown += page.html.heading(first.sampler, 4) + _pictures(page, first)
-        for scored in more:
-            title = f"Pictures and error per image: {scored.sampler}"
-            shown += page.html.fold(title, _pictures(page, scored))
+        shown += page.attempt(same[0].result.label, "the table", partial(_table, page, same))
+        for result in (scored.result for scored in same):
+            sampler, pictures = text.sampler_of(result.protocol), _pictures(page, result)
+            if result is same[0].result:
+                shown += page.html.heading(sampler, 4) + pictures
+            else:
+                shown += page.html.fold(f"Pictures and error per image: {sampler}", pictures)
     return shown
 
 
@@ -132,27 +120,15 @@ def _table(page: Page, same: Sequence[Scored]) -> Markup:
     """All sampler runs on the same images, then what they are to be compared with."""
     own = [scored.own for scored in same]
     others = list({repr(row): row for scored in same for row in scored.others}.values())
-    best = {
-        metric: best_of(
-            [row.scores[metric][0] for row in [*own, *others] if metric in row.scores], lower
-        )
-        for metric, lower in _LOWER_IS_BETTER.items()
-    }
-    protocol = same[0].result.protocol
-    weights = dict.fromkeys(checkpoint_of(scored.result.protocol) for scored in same)
-    size = (protocol.get("model") or {}).get("image_size")
-    selection = protocol.get("selection")
-    caption = (
-        f"Reconstruction of {count(own[0].n)} images, {data_of(protocol)}"
-        f" ({seen_of(protocol)}{f'; {plain(selection)}' if selection else ''})"
-        f"{f', {plain(size)}×{plain(size)} pixels' if size else ''}, by {', '.join(weights)}."
-        " Mean ± standard error over images; best of each column in bold."
-    )
+    best = {}
+    for metric, lower in _LOWER_IS_BETTER.items():
+        means = [row.scores[metric][0] for row in [*own, *others] if metric in row.scores]
+        best[metric] = text.best_of(means, lower)
     rows: list[Any] = [_cells(row, best) for row in own]
     if others:
         rows += ["For comparison, same images", *(_cells(row, best) for row in others)]
-    head = (*_HEAD, "n", "Sampler", "NFE", "Seed", "z", "Weights")
-    return page.html.table(caption, head, rows, _notes(same, others), words=(0, 5, 8, 9))
+    head = (*_HEAD, "n", "Sampler", "NFE", "Seed", "z")
+    return page.html.table(_caption(same), head, rows, _notes(same, others), words=(0, 5, 8))
 
 
 def _cells(row: Row, best: Mapping[str, float | None]) -> list[str]:
@@ -160,19 +136,32 @@ def _cells(row: Row, best: Mapping[str, float | None]) -> list[str]:
     for metric, top in best.items():
         mean, error = row.scores.get(metric, (None, None))
         if mean is None:
-            cells.append(NONE)
+            cells.append(text.NONE)
         else:
-            digits = len(mean_text(metric, mean).partition(".")[2])
-            small = None if error is None else f"± {error:.{digits}f}"
-            cells.append(with_small(mean_text(metric, mean), small, bold=mean == top))
-    return [*cells, count(row.n), *row.about]
+            small = None if error is None else f"± {error:.{_digits(metric, mean)}f}"
+            cells.append(text.with_small(mean_text(metric, mean), small, bold=mean == top))
+    return [*cells, *row.about]
 
 
 def mean_text(metric: str, mean: float) -> str:
     """The mean with as many digits as the metric calls for."""
-    if metric != "mse":
-        return f"{mean:.4f}"
-    return f"{mean:.7f}" if abs(mean) < 1e-3 else f"{mean:.5f}"
+    return f"{mean:.{_digits(metric, mean)}f}"
+
+
+def _digits(metric: str, mean: float) -> int:
+    return 4 if metric != "mse" else 7 if abs(mean) < 1e-3 else 5
+
+
+def _caption(same: Sequence[Scored]) -> str:
+    protocol = same[0].result.protocol
+    weights = ", ".join(dict.fromkeys(text.checkpoint_of(s.result.protocol) for s in same))
+    size = (protocol.get("model") or {}).get("image_size")
+    which = "; ".join(filter(None, (text.seen_of(protocol), protocol.get("selection"))))
+    return (
+        f"Reconstruction of {same[0].own.about[0]} images, {text.data_of(protocol)} ({which})"
+        f"{f', {size}×{size} pixels' if size else ''}, by {weights}. Mean ± standard error over "
+        "images; best of each column in bold."
+    )
 
 
 def _notes(same: Sequence[Scored], others: Sequence[Row]) -> list[str]:
@@ -195,19 +184,12 @@ def _notes(same: Sequence[Scored], others: Sequence[Row]) -> list[str]:
 
 def _published(page: Page) -> Markup:
     code = min(row.latent_dim for row in published.RECONSTRUCTIONS)
-
-    def cells(rows: Iterable[published.Reconstruction]) -> list[list[str]]:
-        return [
-            [r.method, decimal(r.mse), decimal(r.ssim), decimal(r.lpips), count(r.latent_dim)]
-            for r in rows
-        ]
-
-    rows = [
-        f"Code of {code} numbers",
-        *cells(row for row in published.RECONSTRUCTIONS if row.latent_dim == code),
-        "Larger codes",
-        *cells(row for row in published.RECONSTRUCTIONS if row.latent_dim > code),
-    ]
+    same, larger = f"Code of {code} numbers", "Larger codes"
+    cells: dict[str, list[list[str]]] = {same: [], larger: []}
+    for row in published.RECONSTRUCTIONS:
+        figures = map(text.decimal, (row.mse, row.ssim, row.lpips))
+        title = same if row.latent_dim == code else larger
+        cells[title].append([row.method, *figures, text.count(row.latent_dim)])
     note = (
         "Published rows of DBAE mix two runs: MSE and SSIM of Euler with 100 steps, LPIPS of the "
         "churned SDE; counted by the published script. They stand beside the figures above only "
@@ -218,6 +200,7 @@ def _published(page: Page) -> Markup:
         "Published, not measured here: Table 2 of the DBAE paper. Trained on FFHQ, tested on "
         "CelebA-HQ at 128 pixels."
     )
+    rows = [same, *cells[same], larger, *cells[larger]]
     head = (*_HEAD, "Numbers per image")
     return page.html.table(caption, head, rows, [note], tone="published")
 
@@ -225,70 +208,65 @@ def _published(page: Page) -> Markup:
 # Pictures and error per image -----------------------------------------------------------------
 
 
-def _pictures(page: Page, scored: Scored) -> Markup:
+def _pictures(page: Page, result: Result) -> Markup:
     """What there is to see of one sampler run."""
-    result, sampler = scored.result, scored.sampler
-
-    def comparison() -> Markup:
-        caption = f"Originals, x_T and reconstructions: the first images scored ({sampler})."
-        picture = page.picture(result.folder / "comparison.png", caption)
-        return page.html.strip(picture, caption)
-
-    shown = page.attempt(result.label, "the comparison", comparison)
-    parts = [
-        ("per_image", partial(_histograms, page, scored)),
-        ("per_image", partial(_examples, page, scored)),
-    ]
-    return shown + page.parts(result, parts, ("baselines", "per_image"))
+    sampler = text.sampler_of(result.protocol)
+    caption = f"Originals, x_T and reconstructions: the first images scored ({sampler})."
+    strip = partial(page.strip, result.folder / "comparison.png", caption)
+    shown = page.attempt(result.label, "the comparison", strip)
+    parts = ("per_image", _histograms), ("per_image", _examples)
+    return shown + page.parts(result, parts, ("protocol", "baselines", "per_image"))
 
 
-def _histograms(page: Page, scored: Scored) -> Markup:
+def _histograms(page: Page, result: Result) -> Markup:
     """How each metric is spread over the images."""
-    per_image = scored.result.content["per_image"]
+    per_image = result.content["per_image"]
     drawn, ranges = [], []
     for metric in _LOWER_IS_BETTER:
         if per_image.get(metric):
-            values, name = np.asarray(per_image[metric], dtype=np.float64), metric.upper()
+            values, name = np.array(per_image[metric], dtype=np.float64), metric.upper()
             marks = float(np.median(values)), float(values.mean())
-            svg = plots.histogram(
-                scored.result.label, f"Histogram of {name}", values, marks, f"{name} of an image"
-            )
+            title, axis = f"Histogram of {name}", f"{name} of an image"
+            svg = plots.histogram(result.label, title, values, marks, axis)
             drawn.append((f"{name}: number of images", svg, ("images", "median", "mean")))
-            texts = [decimal(float(v), 4) for v in (*marks, values.min(), values.max())]
+            texts = [text.decimal(float(v), 4) for v in (*marks, values.min(), values.max())]
             ranges.append("{} median {}, mean {}, from {} to {}".format(name, *texts))
-    n = count(len(per_image["mse"]))
-    return page.html.plots(drawn, f"Each of {n} images ({scored.sampler}): {'; '.join(ranges)}.")
+    n, sampler = text.count(len(per_image["mse"])), text.sampler_of(result.protocol)
+    return page.html.plots(drawn, f"Each of {n} images ({sampler}): {'; '.join(ranges)}.")
 
 
-def _examples(page: Page, scored: Scored) -> Markup:
+def _examples(page: Page, result: Result) -> Markup:
     """The best, median and worst images, each beside its reconstruction."""
-    folder, per_image = scored.result.folder, scored.result.content["per_image"]
-    if not any(folder.glob("*_real_sample_*.npz")):
+    if not any(result.folder.glob("*_real_sample_*.npz")):
         line = "Best, median and worst images are not shown: the arrays are not in the folder."
         return page.html.text(line, "note")
-    errors = np.asarray(per_image["mse"], dtype=np.float64)
+    per_image, compat = result.content["per_image"], _is_compat(result.content)
+    errors = np.array(per_image["mse"], dtype=np.float64)
     names = per_image.get("name") or [f"image {i}" for i in range(len(errors))]
-    read = _reader(page, folder, len(errors))
+    read_pair = _reader(page, result.folder, len(errors))
     order = np.argsort(errors, kind="stable")
     k = min(_EXAMPLES, max(1, len(order) // 3))
     middle = (len(order) - k) // 2
+    chosen = {
+        "Best": order[:k],
+        "Median": order[middle : middle + k],
+        "Worst": order[: -k - 1 : -1],
+    }
     shown = Markup()
-    for title, positions in (
-        ("Best", order[:k]), ("Median", order[middle : middle + k]), ("Worst", order[-k:][::-1]),
-    ):  # fmt: skip
+    for title, positions in chosen.items():
         pictures = []
-        for i in positions:
-            real, fake = read(int(i))
-            measured = float(mse(real[None], fake[None]))
-            if not scored.compat and not np.isclose(measured, errors[i], rtol=1e-4, atol=1e-6):
+        for i in positions.tolist():
+            pair = read_pair(i)
+            measured = float(mse(*(image[None] for image in pair)))
+            if not compat and not np.isclose(measured, errors[i], rtol=1e-4, atol=1e-6):
                 raise ValueError(
                     f"the arrays do not belong to metrics.json: image {i} has MSE {measured:.6g} "
                     f"there and {errors[i]:.6g} here; score the folder again with "
                     "eval_reconstruction.py"
                 )
-            text = Markup("<b>{}</b> <bdi>{}</bdi>").format(decimal(errors[i], 5), names[i])
             alt = f"Original and reconstruction of {names[i]}"
-            pictures.append(page.image(_side_by_side(real, fake), alt, text))
+            picture = page.picture(_side_by_side(*pair), alt)
+            pictures.append((picture, text.decimal(errors[i], 5), names[i]))
         caption = f"{title}: original and reconstruction, with their MSE."
         shown += page.html.pictures(pictures, caption)
     return shown
@@ -300,23 +278,22 @@ def _reader(page: Page, folder: Path, n: int) -> Callable[[int], tuple[Tensor, T
     lengths = np.array([[_length(page.file(path)) for path in pair] for pair in files])
     reals, fakes = lengths.sum(0)
     if (lengths[:, 0] != lengths[:, 1]).any() or reals != n:
-        raise ValueError(
-            f"the arrays hold {reals} originals and {fakes} reconstructions, metrics.json scores {n}"
-        )
+        found = f"{reals} originals and {fakes} reconstructions"
+        raise ValueError(f"the arrays hold {found}, metrics.json scores {n}")
     ends = lengths[:, 0].cumsum()
 
-    def read(position: int) -> tuple[Tensor, Tensor]:
+    def read_pair(position: int) -> tuple[Tensor, Tensor]:
         i = int(np.searchsorted(ends, position, side="right"))
         real, fake = (read_samples(path)[position - ends[i]] for path in files[i])
         if real.shape != fake.shape:
             raise ValueError(f"originals and reconstructions of batch {i} differ in size")
         return real, fake
 
-    return read
+    return read_pair
 
 
 def _length(path: Path) -> int:
-    """The number of images in an npz, from its header: a test set may be larger than memory."""
+    """The number of images in an npz, from its header: all of them may be more than memory."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("samples.npy") as entry:
             np.lib.format.read_magic(entry)

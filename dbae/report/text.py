@@ -108,20 +108,13 @@ def seen_of(protocol: Mapping[str, Any]) -> str:
     return "also trained on" if seen else "not trained on"
 
 
-def weights_of(protocol: Mapping[str, Any]) -> str:
-    """`EMA 0.9999`, `live`, or a dash."""
-    ema = protocol.get("ema")
-    if ema is None:
-        return NONE
-    return "live" if ema is False else f"EMA {plain(ema)}"
-
-
 def checkpoint_of(protocol: Mapping[str, Any]) -> str:
-    """`ema_0.9999_004500.pt (EMA 0.9999)`."""
-    name, weights = protocol.get("checkpoint"), weights_of(protocol)
+    """`ema_0.9999_004500.pt (EMA 0.9999)`, or `(live)`."""
+    name, ema = protocol.get("checkpoint"), protocol.get("ema")
     if name is None:
         return "weights not recorded"
-    return plain(name) if weights == NONE else f"{plain(name)} ({weights})"
+    weights = "live" if ema is False else f"EMA {plain(ema)}"
+    return str(name) if ema is None else f"{name} ({weights})"
 
 
 def sampler_of(protocol: Mapping[str, Any]) -> str:

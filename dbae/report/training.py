@@ -29,7 +29,7 @@ def make(page: Page) -> Markup:
     """Curves and grids, as far as they are there."""
     shown = Markup()
     if page.run.progress:
-        shown += page.attempt("progress.csv", "it", partial(_curves, page))
+        shown += page.attempt("progress.csv", "", partial(_curves, page))
     newest, earlier = page.run.samples[-1:], page.run.samples[-2::-1]
     chosen = earlier[:: max(1, -(-len(earlier) // _EARLIER))]
     shown += _grids(page, newest)
@@ -93,5 +93,5 @@ def _grids(page: Page, paths: Iterable[Path]) -> Markup:
             f"(samples/{path.name})."
         )
         grid = partial(page.strip, path, caption)
-        shown += page.attempt(f"samples/{path.name}", "it", grid)
+        shown += page.attempt(f"samples/{path.name}", "", grid)
     return shown
