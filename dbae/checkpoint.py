@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -257,7 +258,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.close(directory)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
+        if full and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
             reason = "the disk is full"
         raise UserError(f"cannot write {path}: {reason}") from error
     finally:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dbae import cli
-from dbae.data import open_dataset
-from dbae.data.labels import binary_labels, real_labels
+from dbae import UserError, cli
+from dbae.data import ImageDataset, Labels, binary_labels, open_dataset, real_labels
 from dbae.evaluation import command, latents
 from dbae.evaluation.protocol import require_at_least
 
@@ -26,7 +25,9 @@ class EncodeConfig:
     num_samples: int = cli.option(0, "encode the first so many images of the split (0: all)")
     flip: bool = cli.option(False, "encode the mirrored images too")
     store_labels: str = cli.option(
-        "none", "attributes to store beside z", choices=("none", "binary", "real")
+        "auto",
+        "attributes to store beside z (auto: those that there are)",
+        choices=("auto", "none", "binary", "real"),
     )
     labels: str | None = cli.option(
         None, "file of attributes (default: found beside the images by its usual name)"
@@ -44,6 +45,18 @@ class EncodeConfig:
         cli.check_choices(self)
 
 
+def _labels(config: EncodeConfig, dataset: ImageDataset) -> Labels | None:
+    """The labels that the config asks for; of "auto" whichever can be read, if any."""
+    readers = {"binary": [binary_labels], "real": [real_labels], "none": []}
+    for reader in readers.get(config.store_labels, [binary_labels, real_labels]):
+        try:
+            return reader(dataset, config.labels)
+        except UserError:
+            if config.store_labels != "auto" or config.labels:
+                raise
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parser(__doc__, EncodeConfig).parse_args(arguments)
     config = EncodeConfig(**cli.given(options, EncodeConfig))
@@ -57,8 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for note in dataset.notes:
             context.print(note)
-        readers = {"binary": binary_labels, "real": real_labels}
-        reader = readers.get(config.store_labels)
         found = latents.latents_of(
             model,
             dataset,
@@ -66,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.checkpoint,
             count=config.num_samples,
             flip=config.flip,
-            labels=reader(dataset, config.labels) if reader else None,
+            labels=_labels(config, dataset),
             batch_size=config.batch_size,
             folder=Path(config.output_dir) if config.output_dir else None,
         )

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dbae import cli
 from dbae.evaluation import command, interpolation, pictures
 from dbae.evaluation.interpolation import InterpolationConfig
+from dbae.evaluation.protocol import make_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,10 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inputs = pictures.read_pictures(config, size, dataset)
         for note in pictures.notes(inputs, dataset):
             print(note)
+        folder = config.output_folder(options.checkpoint)
+        make_folder(folder)  # before the long work, as it may fail
         result = interpolation.interpolate(
             model, inputs, config, dataset=dataset, checkpoint=options.checkpoint
         )
-        written = interpolation.write(result, config.output_folder(options.checkpoint))
+        written = interpolation.write(result, folder)
         print(f"\n{result.table}\n", *written, sep="\n")
     return 0
 

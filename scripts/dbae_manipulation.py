@@ -12,6 +12,7 @@ from dbae import cli
 from dbae.evaluation import command, manipulation, pictures
 from dbae.evaluation.classifier import find_classifier, load_classifier
 from dbae.evaluation.manipulation import ManipulationConfig
+from dbae.evaluation.protocol import make_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         edits, choice = manipulation.plan(config, len(inputs), classifier)
         for note in [*pictures.notes(inputs, dataset), *([choice] if choice else [])]:
             print(note)
+        folder = config.output_folder(options.checkpoint)
+        make_folder(folder)  # before the long work, as it may fail
         result = manipulation.manipulate(
             model,
             inputs,
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checkpoint=options.checkpoint,
             classifier_file=path,
         )
-        written = manipulation.write(result, config.output_folder(options.checkpoint))
+        written = manipulation.write(result, folder)
         print(f"\n{result.table}\n", *written, sep="\n")
     return 0
 

@@ -57,14 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[run.model.title, run.kind] = _result(run, missing, roots, options)
     if options.dry_run:
         return 0
-    text = reproduce.tables(results)
+    text = reproduce.tables(results, options.limit)
     print(f"\n{text}\n")
-    if options.limit:
-        print(f"a trial with the first {options.limit} images: these figures compare with nothing")
     summary = reproduce.summary_json(runs, results)
+    stem = reproduce.trial_name("reproduction", options.limit)
     for name, content in (
-        ("reproduction.txt", text + "\n"),
-        ("reproduction.json", json.dumps(summary, indent=1) + "\n"),
+        (f"{stem}.txt", text + "\n"),
+        (f"{stem}.json", json.dumps(summary, indent=1) + "\n"),
     ):
         write_text(options.checkpoints / name, content)
         print(options.checkpoints / name)
@@ -85,21 +84,21 @@ def _result(
     """The metrics of a run that is made now, or was made before, or why there are none."""
     if run.data in missing:
         return f"missing {missing[run.data]}"
-    words = [*run.words, "--data_dir", str(roots[run.data])]
+    words = [*run.words, "--data_dir", str(roots[run.data]), "--output_dir", str(run.folder)]
     if run.kind.startswith("reconstruction") and options.weights_dir:
         words += ["--weights_dir", options.weights_dir]
     print(f"\n== {run.model.title}: {run.kind}\n   bash {' '.join(words)}", flush=True)
     if options.dry_run:
         return "not run"
-    found = run.done()
+    found = run.done(words)
     if found is not None:
         print(f"   done before: {run.metrics}")
         return found
     command = ["bash", str(_ROOT / words[0]), *words[1:]]
     if subprocess.run(command, env={**os.environ, "DRY_RUN": "0"}).returncode != 0:
         return _FAILED
-    found = run.done()
-    return found if found is not None else _FAILED
+    run.mark_done(words)
+    return run.done(words) or _FAILED
 
 
 if __name__ == "__main__":

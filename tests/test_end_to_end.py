@@ -119,9 +119,10 @@ def test_probe_interpolate_manipulate_and_report_by_the_documented_lines(
     env = {"CELEBA_DIR": str(celeba)}
     probed = bash(
         str(ROOT / "infer_class_dbae.sh"), "celeba", "vp", model, "true", "--epochs", "1",
-        "--resamples", "10", "--probe_batch_size", "8", **env,
+        "--resamples", "20", "--probe_batch_size", "8", **env,
     )  # fmt: skip
-    assert "published AP, z of 512" in probed.stdout and "(sample)" in probed.stdout
+    assert "this probe is on a copy of another length" in probed.stdout
+    assert "(sample)" in probed.stdout
     results = tmp_path / "run" / "sample_12"
     downstream = results / "downstream_inference" / "multitask_ema"
     assert {"best.pt", "test.txt", "metrics.json"} <= {p.name for p in downstream.iterdir()}
@@ -160,10 +161,17 @@ def test_the_papers_tables_from_what_is_there(celeba: Path, tmp_path: Path) -> N
     names = [f"{i:06d}.jpg" for i in range(1, 41)]
     write_attributes(celeba / "list_attr_celeba.txt", CELEBA_ATTRIBUTES, names)
     checkpoints = tmp_path / "checkpoints"
-    small_model(checkpoints / "ffhq128_128_512d_false_vp", stochastic=False)
-    command = [str(ROOT / "reproduce.sh"), str(checkpoints), "--limit", "6"]
+    model = small_model(checkpoints / "ffhq128_128_512d_false_vp", stochastic=False)
+    run = model.parent
+    command = [str(ROOT / "reproduce.sh"), str(checkpoints), "--limit", "8"]
     env = {"CELEBA_DIR": str(celeba), "DATA_ROOT": str(tmp_path / "nothing")}
+    # Another run of the same checkpoint is neither taken for the paper's nor replaced.
+    quick = ["ffhq", "vp", str(model), "false", "--num_train", "8", "--num_test", "8"]
+    bash(str(ROOT / "infer_class_dbae.sh"), *quick, "--epochs", "1", "--lr", "0.5", **env)
+    mine = run / "sample_12" / "downstream_inference" / "multitask_ema" / "metrics.json"
+    before = mine.read_bytes()
     done = bash(*command, **env)
+    assert mine.read_bytes() == before and "done before: " not in done.stdout
     for missing in (
         "checkpoint of DBAE trained on FFHQ", "ffhq128_128_512d_true_vp/ema_0.9999_*.pt",
         "nothing/celebahq/data.mdb", "peopleDevTrain.txt", "alexnet-owt-7be5be79.pth",
@@ -175,10 +183,11 @@ def test_the_papers_tables_from_what_is_there(celeba: Path, tmp_path: Path) -> N
     assert row.startswith("DBAE-d trained on FFHQ") and row.endswith("0.656")
     assert 0 < float(row.split("AP, paper")[1].split("[")[0]) <= 1
     assert "DBAE-d trained on FFHQ, regression: missing" in done.stdout
-    assert "compare with nothing" in done.stdout
+    assert "A TRIAL on the first 8 images: ours compare with nothing" in done.stdout
     again = bash(*command, **env)
     assert "done before: " in again.stdout and "encoded" not in again.stdout
-    assert (checkpoints / "reproduction.txt").read_text() in again.stdout
+    assert (checkpoints / "reproduction_trial_8.txt").read_text() in again.stdout
+    assert not (checkpoints / "reproduction.txt").exists()
 
 
 def test_two_cpu_processes_train_by_the_launcher(tmp_path: Path) -> None:

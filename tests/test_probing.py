@@ -20,7 +20,7 @@ from dbae.evaluation import published
 from dbae.evaluation.classification import Classification, ClassificationConfig
 from dbae.evaluation.classifier import load_classifier
 from dbae.evaluation.probes import average_precision
-from dbae.evaluation.probing import Result, divide, run
+from dbae.evaluation.probing import Result, divide, run, why_not_comparable
 from dbae.evaluation.regression import Regression, RegressionConfig
 
 FAST = {"epochs": 2, "resamples": 20, "num_train": 150, "num_test": 40}
@@ -115,14 +115,24 @@ def test_the_whole_protocol_stands_beside_the_figures(
     text = (both.folder / "test.txt").read_text()
     assert text == both.table + "\n"
     for words in (
-        "EMA 0.9999", "seed 0", "20 bootstrap resamples of the 40 test images", "2 epochs",
+        "EMA 0.9999", "seed 0", "20 resamples of the 40 test images", "32×32 pixels", "2 epochs",
         "held out of train", "knowing nothing: AP", "TAD",
     ):  # fmt: skip
         assert words in text
 
 
-def test_published_rows_stand_only_beside_the_published_data(both: Result) -> None:
+def test_published_rows_stand_only_beside_a_probe_like_the_papers(both: Result) -> None:
     assert both.metrics["published"] == []
+    assert "published figures are left out: this probe is not on celeba" in both.table
+    parts = divide(ClassificationConfig(**DEMO), Classification(), 32, Context())
+    for options, k, reason in (
+        ({}, 11, None),
+        ({}, 40, "for 11 of 40 attributes"),
+        ({"num_test": 5}, 11, "on a part of the images only"),
+        ({"protocol": "converged"}, 11, "without the paper's recipe"),
+    ):
+        config = ClassificationConfig(**{"probe_data": "demo", **options})
+        assert why_not_comparable(parts, config, "demo", k) == reason
     rows = published.probe_rows("ap")
     assert {"trained_on": "FFHQ", "method": "DBAE", "ap": 0.664} in rows
     assert len(rows) == 16 and len(published.RECONSTRUCTIONS) == 11
@@ -165,9 +175,13 @@ def test_one_protocol_alone_leaves_the_other_out(
     paper = classify(model, checkpoint, protocol="paper", output_dir=str(tmp_path / "p"))
     assert [row["probe"] for row in paper.metrics["rows"]] == ["paper"]
     assert sorted(p.name for p in paper.folder.iterdir()) == ["best.pt", "metrics.json", "test.txt"]
-    converged = classify(model, checkpoint, protocol="converged", output_dir=str(tmp_path / "c"))
+    assert "Adam" in paper.table and "penalty" not in paper.table
+    # In the same folder: nothing of the earlier run stays beside the new figures.
+    converged = classify(model, checkpoint, protocol="converged", output_dir=str(tmp_path / "p"))
     assert [row["probe"] for row in converged.metrics["rows"]] == ["converged"]
-    assert not (converged.folder / "best.pt").exists()
+    names = ["logistic.pt", "metrics.json", "test.txt"]
+    assert sorted(p.name for p in converged.folder.iterdir()) == names
+    assert "Adam" not in converged.table and "penalty λ of DBAE, by validation" in converged.table
 
 
 def test_a_stochastic_encoders_mean_and_sample_are_told_apart(tmp_path: Path) -> None:
@@ -216,7 +230,7 @@ def lfw(path: Path) -> Path:
 
 
 def test_lfw_is_probed_on_people_who_are_never_in_two_parts(
-    model: dbae.DBAE, checkpoint: Path, tmp_path: Path
+    model: dbae.DBAE, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"probe_data": "lfw", "data_dir": str(lfw(tmp_path)), "num_train": 0, "num_test": 0}
     parts = divide(RegressionConfig(**options), Regression(), 32, Context())
@@ -224,12 +238,14 @@ def test_lfw_is_probed_on_people_who_are_never_in_two_parts(
     assert sum(map(len, people)) == len(set.union(*people)) == 60
     assert people[2] == {f"Person_{i:02d}" for i in range(0, 60, 3)}
     assert sum(map(len, parts)) == 119
+    note = "1 of 80 images of train have no row in lfw_attributes.txt and are left out"
+    assert note in capsys.readouterr().out
     result = regress(model, checkpoint, **options)
     assert result.folder.name == "regression_ema"
     rows = {row["probe"]: row for row in result.metrics["rows"]}
     # Brightness is what an encoder, even an untrained one, shows best.
     assert rows["ridge"]["pearson_r"]["value"] > 0.9
-    assert "published r and MSE" in result.table and "DBAE (FFHQ) 0.675, 0.332" in result.table
+    assert "this probe is for 2 of 73 attributes" in result.table
 
 
 def labelled_folder(path: Path, constant: bool = False) -> Path:
@@ -277,8 +293,20 @@ def test_a_constant_attribute_is_left_out_and_said(
     result = classify(model, checkpoint, **options)
     assert "attribute Second is left out: is yes for all" in capsys.readouterr().out
     assert [entry["name"] for entry in result.metrics["left_out"]] == ["Second"]
+    assert "left out: Second is yes for all" in result.table
+    capsys.readouterr()
     with pytest.raises(UserError, match=r"no attribute of .* can be probed: Second is yes for all"):
         classify(model, checkpoint, **options, attributes=("Second",))
+    assert "latents" not in capsys.readouterr().out  # known before any image is encoded
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(
+    model: dbae.DBAE, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        classify(model, checkpoint, output_dir=str(tmp_path / "file" / "folder"))
+    assert "latents" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -287,6 +315,7 @@ def test_a_constant_attribute_is_left_out_and_said(
         ({"attributes": ("hat", "moustache")}, "'moustache' is not in demo; choose from glasses"),
         ({"compare": ("pixel",)}, "--compare 'pixel' is unknown; choose from pixels, pca"),
         ({"protocol": "quick"}, "--protocol 'quick' is unknown; choose one of paper, converged"),
+        ({"resamples": 5}, "--resamples 5 must be 0 or at least 20"),
         ({"epochs": 0}, "--epochs 0 must be at least 1"),
         ({"lr": 0.0}, "--lr 0.0 must be positive"),
         ({"probe_data": "celeba", "data_dir": "/nowhere"}, "/nowhere does not exist"),

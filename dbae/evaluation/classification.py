@@ -22,10 +22,19 @@ from .probes import (
     fit_logistic,
     fit_paper_classifier,
 )
-from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, fit_paper
+from .probing import (
+    BEST,
+    LOGISTIC,
+    Fitted,
+    Part,
+    Parts,
+    ProbeConfig,
+    figure,
+    fit_paper,
+    published_notes,
+    why_not_comparable,
+)
 from .progress import Progress
-
-LOGISTIC = "logistic.pt"  # the converged probe, in the form of best.pt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +103,15 @@ class Classification:
         )
 
     def extra(self, parts: Parts, z: Tensor, config: ProbeConfig) -> dict[str, Any]:
-        comparable = config.probe_data == published.CLASSIFICATION_DATA
+        reason = why_not_comparable(
+            parts, config, published.CLASSIFICATION_DATA, published.CLASSIFICATION_ATTRIBUTES
+        )
         several = z.shape[1] > 1
         return {
             "base_rate": classification_base_rate(parts.test.targets),
             "disentanglement": tad(z, parts.test.targets, parts.names) if several else None,
-            "published": published.probe_rows("ap") if comparable else [],
+            "published": [] if reason else published.probe_rows("ap"),
+            "published_reason": reason,
         }
 
     def figures(self, row: dict[str, Any]) -> list[str]:
@@ -120,10 +132,4 @@ class Classification:
             if row.get("not_converged"):
                 names = ", ".join(row["not_converged"])
                 lines.append(f"{row['method']}: the probe did not converge for {names}")
-        if metrics["published"]:
-            rows = "; ".join(
-                f"{row['method']} ({row['trained_on']}) {row['ap']:.3f}"
-                for row in metrics["published"]
-            )
-            lines.append(f"published AP, z of 512, the paper's recipe: {rows}")
-        return lines
+        return lines + published_notes(metrics, ("ap",), "AP")

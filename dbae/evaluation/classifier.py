@@ -141,21 +141,23 @@ def find_classifier(checkpoint: Path, dataset: str, model: ModelConfig) -> Path:
     """The classifier that infer_class_dbae.sh left beside a checkpoint.
 
     `sample_{step}/downstream_inference/multitask_ema/best.pt`, else the only `best.pt` in another
-    `multitask_…` there. Raises UserError where there is none, with the command that makes one,
+    `multitask_…` there; where there is none of the paper's recipe, `logistic.pt` likewise. Raises
+    UserError where there is none, with the command that makes one,
     or where there are several.
     """
     folder = results_folder(checkpoint) / "downstream_inference"
-    usual = folder / "multitask_ema" / "best.pt"
-    if usual.is_file():
-        return usual
-    others = sorted(folder.glob("multitask_*/best.pt"))
-    if len(others) == 1:
-        return others[0]
-    if others:
-        raise UserError(
-            f"{folder} holds several classifiers ({', '.join(p.parent.name for p in others)}): "
-            "name one by --classifier PATH"
-        )
+    for name in ("best.pt", "logistic.pt"):
+        usual = folder / "multitask_ema" / name
+        if usual.is_file():
+            return usual
+        others = sorted(folder.glob(f"multitask_*/{name}"))
+        if len(others) == 1:
+            return others[0]
+        if others:
+            raise UserError(
+                f"{folder} holds several classifiers ({', '.join(p.parent.name for p in others)}): "
+                "name one by --classifier PATH"
+            )
     stochastic = "true" if model.stochastic else "false"
     words = shlex.join([dataset, model.schedule, str(newest_weights(checkpoint)), stochastic])
     raise UserError(

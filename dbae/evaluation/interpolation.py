@@ -19,7 +19,14 @@ from . import pictures, results
 from .metrics import mse
 from .pictures import Picture, PictureConfig
 from .progress import Progress
-from .protocol import require_at_least, sampling_facts, text_table, versions, write_png
+from .protocol import (
+    require_at_least,
+    sampling_facts,
+    sampling_line,
+    text_table,
+    versions,
+    write_png,
+)
 from .reconstruction import encode
 
 _PARALLEL = 1e-6  # sine of the angle below which a great circle is not well defined
@@ -163,7 +170,7 @@ def interpolate(
         "smoothness": {**smoothness(made.images), "unit": _UNIT},
         "segments": segments,
     }
-    return Interpolation(made.images, made.x_T, z, metrics, _table(segments))
+    return Interpolation(made.images, made.x_T, z, metrics, _table(metrics))
 
 
 def write(result: Interpolation, folder: Path) -> list[Path]:
@@ -183,8 +190,13 @@ def write(result: Interpolation, folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _table(segments: Sequence[dict[str, Any]]) -> str:
+def _table(metrics: dict[str, Any]) -> str:
+    segments, protocol = metrics["segments"], metrics["protocol"]
     figures = ("path_length", "direct", "straightness", "largest_step")
     rows = [["from", "to", *(name.replace("_", " ") for name in figures)]]
     rows += [[s["from"], s["to"], *(f"{s[name]:.4f}" for name in figures)] for s in segments]
-    return f"{text_table(rows)}\n(distances: {_UNIT}; straightness: direct / path length)"
+    return (
+        f"{text_table(rows)}\n(distances: {_UNIT}; straightness: direct / path length; largest "
+        f"step: in mean steps)\n{protocol['mode']} in z, {protocol['points']} points; "
+        f"{sampling_line(protocol)}"
+    )

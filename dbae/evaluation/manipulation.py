@@ -30,6 +30,7 @@ from .progress import Progress
 from .protocol import (
     require_at_least,
     sampling_facts,
+    sampling_line,
     seen_in_training,
     sha256,
     text_table,
@@ -535,7 +536,8 @@ def _table(metrics: dict[str, Any]) -> str:
     for edit in metrics["edits"]:
         answers = "  ".join(f"{p:.3f}" for p in edit["probability"])
         rows.append([edit["image"], edit["attribute"], f"±{edit['scales'][-1]}", answers])
-    text = text_table(rows)
+    protocol = metrics["protocol"]
+    text = f"{text_table(rows)}\nx_T {protocol['x_T']}; {sampling_line(protocol)}"
     if metrics["measured"]:
         text += f"\n\n{_measured_table(metrics['measured'])}"
         if metrics["measured"]["n"] < metrics["protocol"]["num_measured"]:

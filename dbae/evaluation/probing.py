@@ -31,6 +31,7 @@ from .probes import LinearProbe, PaperFit
 from .protocol import (
     is_ema,
     latent_used,
+    make_folder,
     model_facts,
     require_at_least,
     results_folder,
@@ -40,7 +41,10 @@ from .protocol import (
 )
 from .results import write_metrics
 
-TABLE, BEST = "test.txt", "best.pt"
+TABLE = "test.txt"
+# What a run may save: the paper's probe, and those that converged.
+PROBE_FILES = BEST, LOGISTIC, RIDGE = "best.pt", "logistic.pt", "ridge.pt"
+_FEWEST_RESAMPLES = 20  # below, the ends of a 95 % interval are mere guesses
 _HELD_OUT = 0.1  # share of the training people that validate, and that test, where no split does
 
 
@@ -96,6 +100,10 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         require_at_least(self, epochs=1, probe_batch_size=1, batch_size=1)
         require_at_least(self, num_train=0, num_test=0, resamples=0, seed=0)
+        if 0 < self.resamples < _FEWEST_RESAMPLES:
+            raise UserError(
+                f"--resamples {self.resamples} must be 0 or at least {_FEWEST_RESAMPLES}"
+            )
         if not self.lr > 0:
             raise UserError(f"--lr {self.lr} must be positive")
         for name in self.compare:
@@ -133,6 +141,11 @@ class Part(Split):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def shows_people(self) -> bool:
+        """Whether it is known that some images show the same person."""
+        return len(set(self.groups)) < len(self.groups)
 
     def only(self, columns: Sequence[int]) -> Part:
         """With these attributes alone."""
@@ -238,10 +251,13 @@ def run(
     described = parts.train.dataset.describe()
     if seen_in_training(model, {**described, "split": parts.test.dataset.split}):
         context.print("note: the model was trained on the test images too (without their labels)")
+    parts, left_out = _usable(parts, task, context)
+    folder = config.output_folder(checkpoint)
+    if context.is_main:
+        make_folder(folder)  # before the long work, as it may fail
     latents = _latents(model, parts, config, context, checkpoint)
     if latents is None:
         return None
-    parts, left_out = _usable(parts, task, context)
     found = [features.of_latents(latents, config.latent, config.flips, config.seed)]
     if config.compare:
         found += features.baselines(
@@ -266,8 +282,8 @@ def run(
         "protocol": _protocol(model, config, parts, latents, facts),
     }
     table = _table(task, metrics)
-    folder = config.output_folder(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in PROBE_FILES:  # of an earlier run, of which nothing else is left
+        (folder / name).unlink(missing_ok=True)
     for name, probe in probes.items():
         _save(folder / name, probe, parts.names, z, facts)
     write_text(folder / TABLE, table + "\n")
@@ -287,39 +303,34 @@ def divide(config: ProbeConfig, task: Task, size: int, context: Context) -> Part
     train = open_dataset(config.probe_data, config.data_dir, size, "train", config.bad_images)
     for note in train.notes:
         context.print(note)
-    whole = {"train": _labelled(train, task, config)}
-    for name in ("valid", "test"):
-        if name in train.splits:
-            whole[name] = _labelled(train.in_split(name), task, config)
-    labels = whole["train"][1]
     made: dict[str, Part] = {}
-    for name, (dataset, found) in whole.items():
-        count = min(
-            (config.num_train if name == "train" else config.num_test) or len(dataset), len(dataset)
-        )
-        made[name] = Part(dataset, np.arange(count), found.values[:count], dataset.groups()[:count])
+    for name in ("train", "valid", "test"):
+        if name != "train" and name not in train.splits:
+            continue
+        dataset = train if name == "train" else train.in_split(name)
+        labels = task.read_labels(dataset, config.labels)
+        if config.attributes:
+            labels = labels.choose(config.attributes)
+        lacking = len(dataset) - len(labels.positions)
+        if lacking:
+            context.print(
+                f"{lacking} of {len(dataset)} images of {name} have no row in {labels.source} and "
+                "are left out"
+            )
+        count = (config.num_train if name == "train" else config.num_test) or len(dataset)
+        rows = labels.positions[:count]
+        groups = dataset.groups()
+        made[name] = Part(dataset, rows, labels.values[:count], [groups[row] for row in rows])
     division = "the data set's own splits"
     held_out = [name for name in ("valid", "test") if name not in made]
     if held_out:
         made |= _hold_out(made["train"], held_out)
-        division = f"{' and '.join(held_out)} held out of train, a tenth of the people each"
+        whom = "people" if made["train"].shows_people or made["valid"].shows_people else "images"
+        division = f"{' and '.join(held_out)} held out of train, a tenth of the {whom} each"
     for name, part in made.items():
         if len(part) == 0:
             raise UserError(f"no images are left for the part {name} of the probe's data; use more")
     return Parts(made["train"], made["valid"], made["test"], labels.names, labels.source, division)
-
-
-def _labelled(
-    dataset: ImageDataset, task: Task, config: ProbeConfig
-) -> tuple[ImageDataset, Labels]:
-    """The images that have labels, and these, row by row."""
-    labels = task.read_labels(dataset, config.labels)
-    if config.attributes:
-        labels = labels.choose(config.attributes)
-    if len(labels.positions) < len(dataset):
-        dataset = dataset.subset(labels.positions.tolist())
-        labels = dataclasses.replace(labels, positions=np.arange(len(labels.positions)))
-    return dataset, labels
 
 
 def _hold_out(part: Part, names: Sequence[str]) -> dict[str, Part]:
@@ -382,6 +393,33 @@ def _usable(parts: Parts, task: Task, context: Context) -> tuple[Parts, list[dic
     return dataclasses.replace(parts, train=train, valid=valid, test=test, names=names), left_out
 
 
+def why_not_comparable(parts: Parts, config: ProbeConfig, data: str, attributes: int) -> str | None:
+    """Why the published figures, of all `attributes` of `data`, compare with nothing here."""
+    if config.probe_data != data:
+        return f"not on {data}"
+    if config.protocol == "converged":
+        return "without the paper's recipe"
+    if config.num_train or config.num_test:
+        return "on a part of the images only"
+    if len(parts.names) != attributes:
+        return f"for {len(parts.names)} of {attributes} attributes"
+    if any(part.dataset.notes for part in parts):
+        return "on a copy of another length"
+    return None
+
+
+def published_notes(metrics: dict[str, Any], figures: Sequence[str], what: str) -> list[str]:
+    """The published rows below a table, or the reason why they are not there."""
+    if metrics["published_reason"]:
+        return [f"published figures are left out: this probe is {metrics['published_reason']}"]
+    rows = "; ".join(
+        f"{row['method']} ({row['trained_on']}) "
+        + ", ".join(f"{row[name]:.3f}" for name in figures)
+        for row in metrics["published"]
+    )
+    return [f"published {what}, z of 512, the paper's recipe: {rows}"]
+
+
 def fit_paper(
     fit: Callable[..., PaperFit],
     found: Features,
@@ -439,7 +477,7 @@ def _protocol(
     latents: Sequence[Latents],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    people = len(set(parts.test.groups))
+    units = "people" if parts.test.shows_people else "images"
     return {
         **facts,
         "probe_data": config.probe_data,
@@ -451,7 +489,7 @@ def _protocol(
             name: {
                 **part.dataset.describe(),
                 "n_used": len(part),
-                "people": len(set(part.groups)),
+                "people": len(set(part.groups)) if part.shows_people else None,
                 "replaced": latents[i].provenance["replaced"],
             }
             for i, (name, part) in enumerate(zip(("train", "valid", "test"), parts, strict=True))
@@ -464,9 +502,13 @@ def _protocol(
         "probe_batch_size": config.probe_batch_size,
         "seed": config.seed,
         "interval": (
-            f"95 %, {config.resamples} bootstrap resamples of the {people} test "
-            f"{'people' if people < len(parts.test) else 'images'}"
+            f"95 %, bias-corrected bootstrap, {config.resamples} resamples of the "
+            f"{len(set(parts.test.groups))} test {units}"
+            if config.resamples
+            else "none"
         ),
+        "protocol": config.protocol,
+        "attributes": list(config.attributes),
         "versions": versions("scikit-learn", "scipy"),
     }
 
@@ -485,19 +527,37 @@ def _table(task: Task, metrics: dict[str, Any]) -> str:
         for row in metrics["rows"]
     ]
     names = [entry["name"] for entry in metrics["rows"][0]["attributes"]]
-    average = protocol["ema"] if protocol["ema"] is not None else "?"
+    average = "not recorded" if protocol["ema"] is None else protocol["ema"]
+    test = protocol["parts"]["test"]
     lines = [
         text_table([head, *rows]),
         f"mean over {len(names)} attributes of {protocol['probe_data']} ({protocol['labels']}); "
         f"intervals: {protocol['interval']}",
         f"{protocol['checkpoint']}, EMA {average}, z of {protocol['model']['latent_dim']} "
         f"({protocol['latent']}), seed {protocol['seed']}; {protocol['division']}",
-        f"the paper's recipe: Adam, lr {protocol['lr']}, batch {protocol['probe_batch_size']}, "
-        f"{protocol['epochs']} epochs, {'random' if protocol['flip'] else 'no'} flips",
+        f"images: {test['transform']}; {test['size']}×{test['size']} pixels",
+        *([_recipe(protocol)] if protocol["protocol"] != "converged" else []),
+        *_penalties(metrics["rows"]),
+        *(f"left out: {entry['name']} {entry['reason']}" for entry in metrics["left_out"]),
         *task.notes(metrics),
         "versions: " + ", ".join(f"{k} {v}" for k, v in protocol["versions"].items()),
     ]
     return "\n".join(lines)
+
+
+def _recipe(protocol: dict[str, Any]) -> str:
+    return (
+        f"the paper's recipe: Adam, lr {protocol['lr']}, batch {protocol['probe_batch_size']}, "
+        f"{protocol['epochs']} epochs, {'random' if protocol['flip'] else 'no'} flips"
+    )
+
+
+def _penalties(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line on the penalties that validation chose for z."""
+    chosen = next((row["penalty"] for row in rows if "penalty" in row), None)
+    if chosen is None:
+        return []
+    return [f"penalty λ of {rows[0]['method']}, by validation: {min(chosen):g} to {max(chosen):g}"]
 
 
 def figure(entry: dict[str, float | None], digits: int = 3) -> str:

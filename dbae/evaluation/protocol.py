@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import platform
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -132,6 +133,17 @@ def sampling_facts(
     }
 
 
+def sampling_line(protocol: Mapping[str, Any]) -> str:
+    """What `sampling_facts` and the NFE say, for the terminal."""
+    churn = f" SDE {protocol['churn']}" if protocol["churn"] else ""
+    average = "not recorded" if protocol["ema"] is None else protocol["ema"]
+    return (
+        f"{protocol['checkpoint'] or 'a model'}, EMA {average}; {protocol['sampler']}-"
+        f"{protocol['steps']}{churn}, {protocol['nfe']} NFE, seed {protocol['seed']}, "
+        f"z: {protocol['latent']}"
+    )
+
+
 def latent_used(model: DBAE, latent: str) -> str:
     """Which z a result was made with: deterministic, or the sample or mean of an encoder."""
     return latent if model.config.stochastic else "deterministic"
@@ -175,6 +187,16 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results. UserError where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def write_png(path: Path, picture: Image.Image) -> None:

@@ -62,8 +62,9 @@ RECONSTRUCTIONS = (
     Reconstruction("PDAE (inferred x_T)", 49_664, 0.994, 0.007, 3.84e-5),
 )
 
-# Which data the paper's probes use: only there do its figures stand beside one's own.
-CLASSIFICATION_DATA, REGRESSION_DATA = "celeba", "lfw"
+# What the paper's probes use: only there do its figures stand beside one's own.
+CLASSIFICATION_DATA, CLASSIFICATION_ATTRIBUTES = "celeba", 40
+REGRESSION_DATA, REGRESSION_ATTRIBUTES = "lfw", 73
 
 
 def probe_rows(*figures: str) -> list[dict[str, Any]]:

@@ -21,9 +21,18 @@ from .probes import (
     regression_base_rate,
     regression_scores,
 )
-from .probing import BEST, Fitted, Part, Parts, ProbeConfig, figure, fit_paper
-
-RIDGE = "ridge.pt"  # the closed-form probe, in the form of best.pt
+from .probing import (
+    BEST,
+    RIDGE,
+    Fitted,
+    Part,
+    Parts,
+    ProbeConfig,
+    figure,
+    fit_paper,
+    published_notes,
+    why_not_comparable,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +93,13 @@ class Regression:
         )
 
     def extra(self, parts: Parts, z: Tensor, config: ProbeConfig) -> dict[str, Any]:
-        comparable = config.probe_data == published.REGRESSION_DATA
+        reason = why_not_comparable(
+            parts, config, published.REGRESSION_DATA, published.REGRESSION_ATTRIBUTES
+        )
         return {
             "base_rate": regression_base_rate(parts.train.targets, parts.test.targets),
-            "published": published.probe_rows("pearson_r", "mse") if comparable else [],
+            "published": [] if reason else published.probe_rows("pearson_r", "mse"),
+            "published_reason": reason,
         }
 
     def figures(self, row: dict[str, Any]) -> list[str]:
@@ -95,10 +107,4 @@ class Regression:
 
     def notes(self, metrics: dict[str, Any]) -> list[str]:
         lines = [f"knowing nothing (the training mean): MSE {metrics['base_rate']['mse']:.3f}"]
-        if metrics["published"]:
-            rows = "; ".join(
-                f"{row['method']} ({row['trained_on']}) {row['pearson_r']:.3f}, {row['mse']:.3f}"
-                for row in metrics["published"]
-            )
-            lines.append(f"published r and MSE, z of 512, the paper's recipe: {rows}")
-        return lines
+        return lines + published_notes(metrics, ("pearson_r", "mse"), "r and MSE")

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import newest_weights
+from ..checkpoint import newest_weights, write_text
 from ..data.labels import LABEL_FILES, LFW_LABELS
 from ..data.lfw import INNER_FOLDER, LAYOUT
 from ..errors import UserError
 from . import published
-from .classification import ClassificationConfig
 from .metrics import LPIPS_MISSING, find_alexnet
-from .probing import ProbeConfig, figure
-from .protocol import sha256, text_table
-from .reconstruction import ReconstructionConfig
-from .regression import RegressionConfig
+from .probing import figure
+from .protocol import results_folder, sha256, text_table
 from .results import METRICS_FILE
 
 
@@ -47,27 +44,39 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One command: a launcher with its words, the data it reads, and the metrics.json it leaves."""
+    """One command: a launcher with its words, the data it reads, the folder that it fills.
+
+    The folder is used by nothing else: other runs of the same checkpoint never pass for this one.
+    """
 
     model: Model
     kind: str  # classification, regression, reconstruction, or reconstruction of the churned SDE
     words: tuple[str, ...]
     data: str
-    metrics: Path
-    limits: dict[str, int]  # what limits the images, as in the protocol of the metrics
+    folder: Path
 
-    def done(self) -> dict[str, Any] | None:
-        """The content of metrics.json where this very run has been made of these weights."""
+    @property
+    def metrics(self) -> Path:
+        """Where its figures will be."""
+        return self.folder / METRICS_FILE
+
+    def done(self, command: Sequence[str]) -> dict[str, Any] | None:
+        """The content of metrics.json where this command has been run on these weights."""
         try:
+            if json.loads((self.folder / COMMAND_FILE).read_text(encoding="utf-8")) != [*command]:
+                return None
             found = json.loads(self.metrics.read_text(encoding="utf-8"))
-            protocol = found["protocol"]
-            same = protocol["checkpoint_sha256"] == sha256(Path(self.words[3]))
-            limits = {name: protocol[name] for name in self.limits}
+            same = found["protocol"]["checkpoint_sha256"] == sha256(Path(self.words[3]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return found if same and limits == self.limits else None
+        return found if same else None
+
+    def mark_done(self, command: Sequence[str]) -> None:
+        """Remember that the folder holds the results of this command."""
+        write_text(self.folder / COMMAND_FILE, json.dumps([*command]) + "\n")
 
 
+COMMAND_FILE = "command.json"
 CHURNED = "reconstruction, churned SDE"
 
 
@@ -121,27 +130,28 @@ def plan(models: Mapping[str, Path], limit: int = 0) -> Iterator[Run]:
             continue
         weights = models[model.title]
         sto = "true" if model.stochastic else "false"
-        probe_limits = {"num_train": limit, "num_test": limit}
-        probes: tuple[tuple[str, str, ProbeConfig], ...] = (
-            ("classification", "infer_class_dbae.sh", ClassificationConfig()),
-            ("regression", "infer_reg_dbae.sh", RegressionConfig()),
-        )
-        for kind, launcher, config in probes:
-            words = (launcher, model.dataset, "vp", str(weights), sto, *_flags(probe_limits))
-            metrics = config.output_folder(weights) / METRICS_FILE
-            yield Run(model, kind, words, config.probe_data, metrics, probe_limits)
+        folder = results_folder(weights) / trial_name("reproduction", limit)
+        for kind, launcher, data in (
+            ("classification", "infer_class_dbae.sh", published.CLASSIFICATION_DATA),
+            ("regression", "infer_reg_dbae.sh", published.REGRESSION_DATA),
+        ):
+            limits = _flags({"num_train": limit, "num_test": limit})
+            words = (launcher, model.dataset, "vp", str(weights), sto, *limits)
+            yield Run(model, kind, words, data, folder / kind)
         if model.dataset != "ffhq":
             continue
         # Published rows mix two runs: SSIM and MSE are of Euler-100, LPIPS of the churned SDE.
-        for kind, churn, steps in (("reconstruction", 0.0, 100), (CHURNED, 0.33, 333)):
+        for kind, churn, steps in (("reconstruction", "0", "100"), (CHURNED, "0.33", "333")):
             words = (
-                "recon_dbae.sh", "celebahq", "vp", str(weights), str(churn), "1", "train", "7",
-                "euler", str(steps), sto, *_flags({"num_samples": limit}),
+                "recon_dbae.sh", "celebahq", "vp", str(weights), churn, "1", "train", "7", "euler",
+                steps, sto, *_flags({"num_samples": limit}),
             )  # fmt: skip
-            metrics = ReconstructionConfig(steps=steps, churn=churn).output_folder(weights)
-            yield Run(
-                model, kind, words, "celebahq", metrics / METRICS_FILE, {"num_samples": limit}
-            )
+            yield Run(model, kind, words, "celebahq", folder / f"euler_{steps}_churn_{churn}")
+
+
+def trial_name(name: str, limit: int) -> str:
+    """`name`, of a trial with so many images another one: it replaces no full result."""
+    return f"{name}_trial_{limit}" if limit else name
 
 
 def _flags(limits: Mapping[str, int]) -> Iterator[str]:
@@ -159,7 +169,7 @@ def missing_lpips(weights_dir: str | None = None) -> str | None:
 Results = Mapping[tuple[str, str], dict[str, Any] | str]
 
 
-def tables(results: Results) -> str:
+def tables(results: Results, limit: int = 0) -> str:
     """Tables 1 and 2, ours beside the paper's, and why a figure of ours is absent."""
     reasons: list[str] = []
 
@@ -196,6 +206,8 @@ def tables(results: Results) -> str:
         "All rows of the paper:\n"
         + text_table([["method", "numbers in z", "SSIM", "LPIPS", "MSE"], *other_reconstructions]),
     ]
+    if limit:
+        parts.insert(0, f"A TRIAL on the first {limit} images: ours compare with nothing.")
     if reasons:
         parts.append("Not computed:\n" + "\n".join(f"  {reason}" for reason in reasons))
     return "\n\n".join(parts)

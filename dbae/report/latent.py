@@ -94,7 +94,8 @@ def _edit(page: Page, result: Result, edit: Mapping[str, Any]) -> Markup:
     if edit.get("probability"):
         labels.append([text.share(p) for p in edit["probability"]])
         caption += f", then the classifier's probability of “{edit['attribute']}”"
-    caption = f"{caption}. {_how(result.protocol)}."
+    x_T_of = f", x_T {result.protocol['x_T']}" if result.protocol.get("x_T") else ""
+    caption = f"{caption}. {_how(result.protocol)}{x_T_of}."
     shown = page.strip(result.folder / edit["file"], caption, labels)
     if edit.get("x_T_file"):
         x_T = partial(page.strip, result.folder / edit["x_T_file"], f"{what}: x_T of these.")

@@ -56,7 +56,7 @@ def lines(
             if smooth:
                 axes.plot(*reduced(points, y), color=colour, alpha=0.35, linewidth=0.7)
                 y = moving_average(y, smooth)
-            marker = "o" if len(y) <= 64 and not smooth else ""
+            marker = "o" if len(y) <= 64 and (len(y) < 3 or not smooth) else ""
             axes.plot(*reduced(points, y), color=colour, linewidth=1.6, marker=marker, ms=2.7)
         if floor:
             axes.axhline(floor, color=_COLOURS[1], linewidth=1.2, linestyle=(0, (4, 3)))
