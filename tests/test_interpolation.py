@@ -263,7 +263,7 @@ def test_mistakes_are_one_clear_line(checkpoint: Path, model: dbae.DBAE, tmp_pat
         (["--points", "1"], "--points 1 must be at least 2"),
         (["--mode", "cubic"], "cubic"),
         (["--checkpoint", of_faces], "trained on celeba, not on demo: say celeba"),
-        (["--output_dir", tmp_path / "text.png"], "cannot write to .*(Not a directory|File exists)"),
+        (["--output_dir", tmp_path / "text.png"], "cannot write to .*text"),
     ):
         with pytest.raises(UserError, match=complaint) as error:
             run_script(*base, *flags)

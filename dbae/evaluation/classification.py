@@ -111,7 +111,9 @@ class Classification:
             "base_rate": classification_base_rate(parts.test.targets),
             "disentanglement": tad(z, parts.test.targets, parts.names) if several else None,
             "published": [] if reason else published.probe_rows("ap"),
-            "published_reason": reason,
+            "published_reason": reason
+            if config.probe_data == published.CLASSIFICATION_DATA
+            else None,
         }
 
     def figures(self, row: dict[str, Any]) -> list[str]:

@@ -412,6 +412,8 @@ def published_notes(metrics: dict[str, Any], figures: Sequence[str], what: str) 
     """The published rows below a table, or the reason why they are not there."""
     if metrics["published_reason"]:
         return [f"published figures are left out: this probe is {metrics['published_reason']}"]
+    if not metrics["published"]:
+        return []
     rows = "; ".join(
         f"{row['method']} ({row['trained_on']}) "
         + ", ".join(f"{row[name]:.3f}" for name in figures)

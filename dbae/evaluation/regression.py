@@ -99,7 +99,7 @@ class Regression:
         return {
             "base_rate": regression_base_rate(parts.train.targets, parts.test.targets),
             "published": [] if reason else published.probe_rows("pearson_r", "mse"),
-            "published_reason": reason,
+            "published_reason": reason if config.probe_data == published.REGRESSION_DATA else None,
         }
 
     def figures(self, row: dict[str, Any]) -> list[str]:
