@@ -131,8 +131,9 @@ def test_published_rows_stand_only_beside_a_probe_like_the_papers(both: Result) 
         ({"num_test": 5}, 11, "on a part of the images only"),
         ({"protocol": "converged"}, 11, "without the paper's recipe"),
     ):
-        config = ClassificationConfig(**{"probe_data": "demo", **options})
-        assert why_not_comparable(parts, config, "demo", k) == reason
+        usual = {"usual_data": "demo", "usual_attributes": k}
+        kind = type("OfTheDemoSet", (ClassificationConfig,), usual)
+        assert why_not_comparable(parts, kind(probe_data="demo", **options)) == reason
     rows = published.probe_rows("ap")
     assert {"trained_on": "FFHQ", "method": "DBAE", "ap": 0.664} in rows
     assert len(rows) == 16 and len(published.RECONSTRUCTIONS) == 11

@@ -177,6 +177,11 @@ class Division:
         assert isinstance(self.images, FileImages)  # the demo set declares its splits
         return self.images.splits(), []
 
+    @functools.cached_property  # it reads all names, and siblings ask for it again
+    def digest(self) -> bytes:
+        """`Images.digest` of the images."""
+        return self.images.digest()
+
     def names(self) -> tuple[str, ...]:
         """The splits that hold images, without `all`."""
         return tuple(name for name, indices in self._parts[0].items() if len(indices))
@@ -287,7 +292,7 @@ class ImageDataset(Dataset[Item]):
         another one for another set of files. `fingerprint` is one of these and of the split.
         """
         chosen = np.asarray(self.indices, dtype="<i8").tobytes()
-        source = self.images.digest()
+        source = self._division.digest
         return {
             "dataset": self.name,
             "kind": self.kind,

@@ -315,7 +315,8 @@ def _celeba_table(file: _File) -> _Table:
     _, header = next(lines, (2, ""))
     names = _attribute_names(file, header.split(), _FORM)
     width = len(names)
-    table = _table(file, names, (_Row(line, *_celeba_row(text, width)) for line, text in lines))
+    rows = (_Row(line, *_celeba_row(text, width)) for line, text in lines)
+    table = _table(file, names, rows, _FORM)
     if len(table.images) != int(promised):
         raise UserError(
             f"{file.path} line 1 promises {promised} rows, but {len(table.images)} follow the "
@@ -342,7 +343,7 @@ def _attribute_names(file: _File, names: Sequence[str], form: str) -> tuple[str,
     return tuple(names)
 
 
-def _table(file: _File, names: tuple[str, ...], rows: Iterable[_Row]) -> _Table:
+def _table(file: _File, names: tuple[str, ...], rows: Iterable[_Row], form: str) -> _Table:
     """Check and convert rows; UserError with the line of the first that is wrong."""
     line_of: dict[str, int] = {}
     numbers = array.array("f")  # CelebA has 8 million: they must not be objects
@@ -371,7 +372,7 @@ def _table(file: _File, names: tuple[str, ...], rows: Iterable[_Row]) -> _Table:
             f"{table[row, column]}; expected a finite number"
         )
     if not line_of:
-        raise UserError(f"{file.path} holds no rows (expected: {_FORM})")
+        raise UserError(f"{file.path} holds no rows (expected: {form})")
     return _Table(names, list(line_of), table)
 
 
@@ -415,7 +416,7 @@ def _lfw_table(file: _File) -> _Table:
     if words[:3] != ["#", "person", "imagenum"]:
         raise UserError(f"{file.path} line 2: found {header[:60]!r}, expected {_LFW_FORM}")
     names = _attribute_names(file, words[3:], _LFW_FORM)
-    return _table(file, names, (_lfw_row(file, line, text) for line, text in lines))
+    return _table(file, names, (_lfw_row(file, line, text) for line, text in lines), _LFW_FORM)
 
 
 def _lfw_row(file: _File, line: int, text: str) -> _Row:

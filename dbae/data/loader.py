@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,11 @@ def default_workers(dataset: ImageDataset, processes_here: int) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(0, min(8, (cores or 1) // processes_here - 1))
+
+
+def in_batches(positions: Sequence[int], size: int) -> list[list[int]]:
+    """The positions, `size` at a time; the last batch may be smaller."""
+    return [list(positions[i : i + size]) for i in range(0, len(positions), size)]
 
 
 def load_batches(

@@ -31,8 +31,6 @@ from .probing import (
     ProbeConfig,
     figure,
     fit_paper,
-    published_notes,
-    why_not_comparable,
 )
 from .progress import Progress
 
@@ -46,6 +44,8 @@ class ClassificationConfig(ProbeConfig):
     )
     folder_name: ClassVar[str] = "multitask"
     usual_data: ClassVar[str] = published.CLASSIFICATION_DATA
+    usual_attributes: ClassVar[int] = published.CLASSIFICATION_ATTRIBUTES
+    published_figures: ClassVar[dict[str, str]] = {"ap": "AP"}
 
 
 class Classification:
@@ -102,18 +102,11 @@ class Classification:
             outputs, test.targets, names, test.groups, config.resamples, config.seed
         )
 
-    def extra(self, parts: Parts, z: Tensor, config: ProbeConfig) -> dict[str, Any]:
-        reason = why_not_comparable(
-            parts, config, published.CLASSIFICATION_DATA, published.CLASSIFICATION_ATTRIBUTES
-        )
+    def extra(self, parts: Parts, z: Tensor) -> dict[str, Any]:
         several = z.shape[1] > 1
         return {
             "base_rate": classification_base_rate(parts.test.targets),
             "disentanglement": tad(z, parts.test.targets, parts.names) if several else None,
-            "published": [] if reason else published.probe_rows("ap"),
-            "published_reason": reason
-            if config.probe_data == published.CLASSIFICATION_DATA
-            else None,
         }
 
     def figures(self, row: dict[str, Any]) -> list[str]:
@@ -134,4 +127,4 @@ class Classification:
             if row.get("not_converged"):
                 names = ", ".join(row["not_converged"])
                 lines.append(f"{row['method']}: the probe did not converge for {names}")
-        return lines + published_notes(metrics, ("ap",), "AP")
+        return lines

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.loader import default_workers, load_batches
+from ..data.loader import default_workers, in_batches, load_batches
 from ..distributed import Context
 from ..model import DBAE
 from ..random import fold
@@ -139,7 +139,7 @@ def _apply(
 ) -> list[Pair]:
     """Every method on a part's images, which are read once."""
     rows = part.rows.tolist()
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    batches = in_batches(rows, batch_size)
     shown = Progress("prepared for baselines", len(batches), len(rows), active=context.is_main)
     plain: list[list[Tensor]] = [[] for _ in methods]
     mirrored: list[list[Tensor]] = [[] for _ in methods]

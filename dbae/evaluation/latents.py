@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checkpoint import atomic_file, write_text
 from ..data.images import image_grid, to_model_range
-from ..data.loader import default_workers, load_batches
+from ..data.loader import default_workers, in_batches, load_batches
 from ..distributed import Context
 from ..encoder import DEAD_STD, reparameterise
 from ..errors import UserError
@@ -219,9 +219,7 @@ def _encode_all(
     batch_size: int,
 ) -> dict[str, Any] | None:
     """The arrays of the first `count` images, on rank 0; other ranks hand theirs over as files."""
-    batches = [
-        list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)
-    ]
+    batches = in_batches(range(count), batch_size)
     mine = batches[context.rank :: context.world_size]
     workers = default_workers(dataset, context.ranks_here())
     images = load_batches(dataset, mine, workers, context.device.type == "cuda")

@@ -6,7 +6,6 @@ float64 on values scaled to [0, 1]; LPIPS in float32 on [-1, 1].
 
 from __future__ import annotations
 
-import hashlib
 import math
 import pickle
 import warnings
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from ..data.images import to_model_range
 from ..errors import UserError
+from .protocol import sha256 as file_sha256
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 ALEXNET_SHA256 = "7be5be79"  # torchvision's convention: the file's hash starts as its name ends
@@ -166,14 +166,11 @@ def _lpips_from_file(
 ) -> tuple[Lpips | None, str | None]:
     """The metric from a backbone file whose hash starts with `sha256`, or the reason against it."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if not digest.hexdigest().startswith(sha256):
+        digest = file_sha256(path)
+        if not digest.startswith(sha256):
             return None, (
-                f"{path} is damaged or another file: its sha256 starts "
-                f"{digest.hexdigest()[:8]}, expected {sha256}"
+                f"{path} is damaged or another file: its sha256 starts {digest[:8]}, "
+                f"expected {sha256}"
             )
         backbone = torch.load(path, map_location="cpu", weights_only=True)
         return Lpips(backbone, device), None

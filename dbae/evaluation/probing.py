@@ -23,7 +23,7 @@ from ..distributed import Context
 from ..errors import UserError
 from ..model import DBAE
 from ..random import fold
-from . import features
+from . import features, published
 from .classifier import AttributeClassifier, save_classifier
 from .features import Features, Split
 from .latents import Latents, latents_of
@@ -96,6 +96,9 @@ class ProbeConfig:
     folder_name: ClassVar[str] = ""
     # The data set whose results lie in the folder of that very name.
     usual_data: ClassVar[str] = ""
+    usual_attributes: ClassVar[int] = 0  # how many it has
+    # What the paper publishes: the figure's key → its word in a table.
+    published_figures: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         require_at_least(self, epochs=1, probe_batch_size=1, batch_size=1)
@@ -210,8 +213,8 @@ class Task(Protocol):
         """The figures of a probe's outputs (n, k) on the test part."""
         ...
 
-    def extra(self, parts: Parts, z: Tensor, config: ProbeConfig) -> dict[str, Any]:
-        """More of metrics.json: the figures of knowing nothing, of z itself, the published."""
+    def extra(self, parts: Parts, z: Tensor) -> dict[str, Any]:
+        """More of metrics.json: the figures of knowing nothing, of z itself."""
         ...
 
     def figures(self, row: dict[str, Any]) -> list[str]:
@@ -277,11 +280,12 @@ def run(
     metrics = {
         "kind": task.kind,
         "rows": rows,
-        **task.extra(parts, z, config),
+        **task.extra(parts, z),
+        **_published(parts, config),
         "left_out": left_out,
         "protocol": _protocol(model, config, parts, latents, facts),
     }
-    table = _table(task, metrics)
+    table = _table(task, metrics, config)
     for name in PROBE_FILES:  # of an earlier run, of which nothing else is left
         (folder / name).unlink(missing_ok=True)
     for name, probe in probes.items():
@@ -393,22 +397,31 @@ def _usable(parts: Parts, task: Task, context: Context) -> tuple[Parts, list[dic
     return dataclasses.replace(parts, train=train, valid=valid, test=test, names=names), left_out
 
 
-def why_not_comparable(parts: Parts, config: ProbeConfig, data: str, attributes: int) -> str | None:
-    """Why the published figures, of all `attributes` of `data`, compare with nothing here."""
-    if config.probe_data != data:
-        return f"not on {data}"
+def why_not_comparable(parts: Parts, config: ProbeConfig) -> str | None:
+    """Why the published figures, of all attributes of the usual data, compare with nothing here."""
+    if config.probe_data != config.usual_data:
+        return f"not on {config.usual_data}"
     if config.protocol == "converged":
         return "without the paper's recipe"
     if config.num_train or config.num_test:
         return "on a part of the images only"
-    if len(parts.names) != attributes:
-        return f"for {len(parts.names)} of {attributes} attributes"
+    if len(parts.names) != config.usual_attributes:
+        return f"for {len(parts.names)} of {config.usual_attributes} attributes"
     if any(part.dataset.notes for part in parts):
         return "on a copy of another length"
     return None
 
 
-def published_notes(metrics: dict[str, Any], figures: Sequence[str], what: str) -> list[str]:
+def _published(parts: Parts, config: ProbeConfig) -> dict[str, Any]:
+    """The paper's rows where they compare; else, on its data, why they are not there."""
+    reason = why_not_comparable(parts, config)
+    return {
+        "published": [] if reason else published.probe_rows(*config.published_figures),
+        "published_reason": reason if config.probe_data == config.usual_data else None,
+    }
+
+
+def _published_notes(metrics: dict[str, Any], figures: dict[str, str]) -> list[str]:
     """The published rows below a table, or the reason why they are not there."""
     if metrics["published_reason"]:
         return [f"published figures are left out: this probe is {metrics['published_reason']}"]
@@ -419,6 +432,7 @@ def published_notes(metrics: dict[str, Any], figures: Sequence[str], what: str) 
         + ", ".join(f"{row[name]:.3f}" for name in figures)
         for row in metrics["published"]
     )
+    what = " and ".join(figures.values())
     return [f"published {what}, z of 512, the paper's recipe: {rows}"]
 
 
@@ -515,7 +529,7 @@ def _protocol(
     }
 
 
-def _table(task: Task, metrics: dict[str, Any]) -> str:
+def _table(task: Task, metrics: dict[str, Any], config: ProbeConfig) -> str:
     """The result for the terminal and test.txt: rows, then what is needed to read them."""
     protocol = metrics["protocol"]
     head = ["features", "probe", *task.head, "n train/valid/test"]
@@ -542,6 +556,7 @@ def _table(task: Task, metrics: dict[str, Any]) -> str:
         *_penalties(metrics["rows"]),
         *(f"left out: {entry['name']} {entry['reason']}" for entry in metrics["left_out"]),
         *task.notes(metrics),
+        *_published_notes(metrics, config.published_figures),
         "versions: " + ", ".join(f"{k} {v}" for k, v in protocol["versions"].items()),
     ]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import platform
 import re
@@ -181,7 +182,13 @@ def text_table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
+    """The file's SHA-256 in hexadecimal; computed once as long as the file stays the same."""
+    status = path.stat()
+    return _sha256(path, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=8)  # several protocols of one run name the same weights
+def _sha256(path: Path, _: tuple[int, int, int]) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

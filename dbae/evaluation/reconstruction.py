@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import random
 from ..cli import option
 from ..data.images import image_grid, to_model_range, to_uint8
+from ..data.loader import in_batches
 from ..distributed import Context
 from ..errors import UserError
 from ..model import DBAE
@@ -186,8 +187,7 @@ def run(
             fitted = _fit_baselines(model.config.latent_dim, train_dataset, dataset, count)
     context.barrier()
 
-    starts = range(0, count, config.batch_size)
-    batches = [range(start, min(start + config.batch_size, count)) for start in starts]
+    batches = in_batches(range(count), config.batch_size)
     mine = range(context.rank, len(batches), context.world_size)
     shown = Progress(
         "reconstructed", len(mine), count, config.steps, active=progress and context.is_main
@@ -254,7 +254,7 @@ class _Batch:
 
 def _batch(
     number: int,
-    positions: range,
+    positions: Sequence[int],
     model: DBAE,
     dataset: ImageDataset,
     config: ReconstructionConfig,

@@ -30,8 +30,6 @@ from .probing import (
     ProbeConfig,
     figure,
     fit_paper,
-    published_notes,
-    why_not_comparable,
 )
 
 
@@ -46,6 +44,8 @@ class RegressionConfig(ProbeConfig):
     probe_batch_size: int = option(64, "images per step of the paper's recipe")
     folder_name: ClassVar[str] = "regression"
     usual_data: ClassVar[str] = published.REGRESSION_DATA
+    usual_attributes: ClassVar[int] = published.REGRESSION_ATTRIBUTES
+    published_figures: ClassVar[dict[str, str]] = {"pearson_r": "r", "mse": "MSE"}
 
 
 class Regression:
@@ -92,19 +92,13 @@ class Regression:
             outputs, test.targets, names, test.groups, config.resamples, config.seed
         )
 
-    def extra(self, parts: Parts, z: Tensor, config: ProbeConfig) -> dict[str, Any]:
-        reason = why_not_comparable(
-            parts, config, published.REGRESSION_DATA, published.REGRESSION_ATTRIBUTES
-        )
+    def extra(self, parts: Parts, z: Tensor) -> dict[str, Any]:
         return {
             "base_rate": regression_base_rate(parts.train.targets, parts.test.targets),
-            "published": [] if reason else published.probe_rows("pearson_r", "mse"),
-            "published_reason": reason if config.probe_data == published.REGRESSION_DATA else None,
         }
 
     def figures(self, row: dict[str, Any]) -> list[str]:
         return [figure(row["pearson_r"]), figure(row["mse"])]
 
     def notes(self, metrics: dict[str, Any]) -> list[str]:
-        lines = [f"knowing nothing (the training mean): MSE {metrics['base_rate']['mse']:.3f}"]
-        return lines + published_notes(metrics, ("pearson_r", "mse"), "r and MSE")
+        return [f"knowing nothing (the training mean): MSE {metrics['base_rate']['mse']:.3f}"]
