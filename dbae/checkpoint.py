@@ -8,23 +8,21 @@ the one translation.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import json
 import os
 import re
-import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .files import atomic_file
 from .model import DBAE
 from .presets import ModelConfig
 from .unet import UNET_MULTIPLIERS
@@ -238,41 +236,6 @@ def _word(value: Any) -> str:
 # Writing ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name only when it was written whole and is on the disk.
-
-    A failure to write raises UserError; an earlier file of that name is kept then.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
-        if full and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
-            reason = "the disk is full"
-        raise UserError(f"cannot write {path}: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    with atomic_file(path) as file:
-        file.write(text.encode())
-
-
 def save_weights(path: Path, model: DBAE, run: Mapping[str, Any] | None = None) -> None:
     """Write a model's weights in the released format, with its configuration as metadata.
 
@@ -283,16 +246,6 @@ def save_weights(path: Path, model: DBAE, run: Mapping[str, Any] | None = None) 
     state._metadata = {"": {"version": 1}, _METADATA_KEY: metadata}  # type: ignore[attr-defined]
     with atomic_file(path) as file:
         torch.save(state, file)
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise UserError where less than `needed` bytes are free in `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"too little disk for a checkpoint: {folder} has {free / 2**20:.0f} MiB free, "
-            f"{needed / 2**20:.0f} MiB are needed; free some space or choose another --workdir"
-        )
 
 
 # Training state ---------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_text
 from .errors import UserError
+from .files import write_text
 
 # One row of progress.csv. The last two depend on the machine's speed, the others do not.
 COLUMNS = (

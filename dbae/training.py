@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint
+from . import checkpoint, files
 from .data import image_grid, open_dataset, to_model_range, to_uint8
 from .data.loader import Batch, default_workers, load_batches
 from .data.order import BatchOrder, RankBatches
@@ -261,7 +261,7 @@ class Trainer:
         grid = image_grid(torch.cat([row.cpu() for row in rows]), count)
         path = self.folder / "samples" / f"{self.step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        with checkpoint.atomic_file(path) as file:
+        with files.atomic_file(path) as file:
             grid.save(file, format="PNG")
         self.log.unpause()
 
@@ -269,7 +269,7 @@ class Trainer:
         if not self.context.is_main:
             return
         self.log.pause()
-        checkpoint.require_space(self.folder, self._checkpoint_bytes())
+        files.require_space(self.folder, self._checkpoint_bytes())
         run = {key: self.describe[key] for key in ("train", "data", "environment")}
         checkpoint.save_weights(checkpoint.model_path(self.folder, self.step), self.model, run)
         averaged = checkpoint.ema_path(self.folder, self.config.ema_rate, self.step)
@@ -361,10 +361,8 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {self.folder}: {error.strerror}") from error
-        checkpoint.require_space(self.folder, self._checkpoint_bytes())
-        checkpoint.write_text(
-            self.folder / "config.json", json.dumps(self.describe, indent=2) + "\n"
-        )
+        files.require_space(self.folder, self._checkpoint_bytes())
+        files.write_text(self.folder / "config.json", json.dumps(self.describe, indent=2) + "\n")
 
     def _introduce(self, resumed: str) -> None:
         config, data = self.config, self.dataset

@@ -14,8 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dbae import UserError, cli
-from dbae.checkpoint import write_text
 from dbae.evaluation import reproduce
+from dbae.files import write_text
 
 _ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,8 @@ import torch
 
 import dbae
 from dbae import DBAE, UserError, create_model, load_model, load_weights
-from dbae.checkpoint import atomic_file, require_space, save_weights, to_released
+from dbae.checkpoint import save_weights, to_released
+from dbae.files import atomic_file, require_space
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checkpoint import atomic_file, load_file, newest_weights
+from ..checkpoint import load_file, newest_weights
 from ..data.labels import CELEBA_ATTRIBUTES
 from ..errors import UserError
+from ..files import atomic_file
 from ..presets import ModelConfig
 from .protocol import results_folder
 

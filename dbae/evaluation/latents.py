@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import atomic_file, write_text
 from ..data.images import image_grid, to_model_range
 from ..data.loader import default_workers, in_batches, load_batches
 from ..distributed import Context
 from ..encoder import DEAD_STD, reparameterise
 from ..errors import UserError
+from ..files import atomic_file, write_text
 from ..model import DBAE
 from ..random import fold
 from .progress import Progress

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..data.images import to_model_range
 from ..errors import UserError
-from .protocol import sha256 as file_sha256
+from ..files import sha256 as file_sha256
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 ALEXNET_SHA256 = "7be5be79"  # torchvision's convention: the file's hash starts as its name ends

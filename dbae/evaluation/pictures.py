@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import atomic_file
 from ..cli import option
 from ..data import ImageDataset, open_dataset
 from ..data.images import bad_image, decode, image_grid, to_model_range, to_uint8, transform
 from ..errors import UserError
+from ..files import atomic_file
 from ..model import DBAE
 from .progress import Progress
 from .protocol import SamplingConfig, enlarged

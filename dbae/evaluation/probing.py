@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import newest_weights, write_text
+from ..checkpoint import newest_weights
 from ..cli import check_choices, option
 from ..data import ImageDataset, open_dataset
 from ..data.labels import Labels
 from ..distributed import Context
 from ..errors import UserError
+from ..files import write_text
 from ..model import DBAE
 from ..random import fold
 from . import features, published

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import platform
 import re
 import tempfile
@@ -15,9 +13,10 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from ..checkpoint import atomic_file, newest_weights, step_of
+from ..checkpoint import newest_weights, step_of
 from ..cli import check_choices, option
 from ..errors import UserError
+from ..files import atomic_file, sha256
 from ..model import DBAE
 from ..sampling import SAMPLERS, check_options
 
@@ -179,21 +178,6 @@ def text_table(rows: Sequence[Sequence[object]]) -> str:
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in cells]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal; computed once as long as the file stays the same."""
-    status = path.stat()
-    return _sha256(path, (status.st_ino, status.st_size, status.st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=8)  # several protocols of one run name the same weights
-def _sha256(path: Path, _: tuple[int, int, int]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def make_folder(folder: Path) -> None:

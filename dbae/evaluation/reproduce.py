@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import newest_weights, write_text
+from ..checkpoint import newest_weights
 from ..data.labels import LABEL_FILES, LFW_LABELS
 from ..data.lfw import INNER_FOLDER, LAYOUT
 from ..errors import UserError
+from ..files import sha256, write_text
 from . import published
 from .metrics import LPIPS_MISSING, find_alexnet
 from .probing import figure
-from .protocol import results_folder, sha256, text_table
+from .protocol import results_folder, text_table
 from .results import METRICS_FILE
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import atomic_file, write_text
 from ..errors import UserError
+from ..files import atomic_file, write_text
 from .metrics import Lpips, mse, reference_mse, reference_ssim, ssim, summary
 from .protocol import text_table, versions
 from .published import reconstruction_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint import write_text
 from ..errors import UserError
+from ..files import write_text
 
 REPORT = "report.html"
 
