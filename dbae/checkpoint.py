@@ -9,20 +9,22 @@ the one translation.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .files import atomic_file
+from .files import atomic_file, sha256
 from .model import DBAE
 from .presets import ModelConfig
 from .unet import UNET_MULTIPLIERS
@@ -34,6 +36,9 @@ _UNUSED_PREFIX = "decoder.feat_256."
 _METADATA_KEY = "dbae"
 # What a file's own configuration may be overridden with: it changes no weight's shape or meaning.
 _FREE_FIELDS = ("end_data", "sigma_data", "cov_xy", "weight_schedule", "dropout")
+# No model that is known exceeds these; of one that does, the file is asked whether it holds as much
+# before memory is taken for it.
+_USUAL = {"num_channels": 256, "endpoint_channels": 256, "latent_dim": 4096, "num_res_blocks": 8}
 
 StateDict = Mapping[str, Tensor]
 
@@ -70,6 +75,11 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict) -
     """
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     state = source if isinstance(source, Mapping) else read_weights(source)[0]
+    model.load_state_dict(from_released(_fitting(model, state, name)))
+
+
+def _fitting(model: nn.Module, state: StateDict, name: str) -> StateDict:
+    """The tensors that the model has; UserError where these are not all, or of other shapes."""
     expected = to_released(model.state_dict())
     found = {
         key: value
@@ -89,7 +99,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict) -
             f"{name} does not fit this architecture: {'; '.join(problems[:3])}{more}. "
             "Use the checkpoint's own --image_size, --num_channels, --latent_dim and STO"
         )
-    model.load_state_dict(from_released(found))
+    return found
 
 
 def load_model(
@@ -112,10 +122,7 @@ def load_model(
     """
     path = newest_weights(Path(path))
     state, stored = read_weights(path)
-    if stored:
-        config = ModelConfig.from_dict(stored["model"])
-    else:
-        config = _infer_config(state, path, overrides)
+    config = _stored_config(stored, path) if stored else _infer_config(state, path, overrides)
     for name, value in overrides.items():
         if name not in {field.name for field in dataclasses.fields(ModelConfig)}:
             raise UserError(f"load_model: {name!r} is not a model option")
@@ -124,7 +131,10 @@ def load_model(
                 f"{path} was trained with {name}={_word(getattr(config, name))}, "
                 f"but {_word(value)} was asked for; ask for the former or choose another checkpoint"
             )
-    model = DBAE(dataclasses.replace(config, **overrides))
+    config = dataclasses.replace(config, **overrides)
+    if any(getattr(config, name) > most for name, most in _USUAL.items()):
+        _require_as_large(config, state, path)
+    model = DBAE(config)
     load_weights(model, state)
     model.trained_on = (stored or {}).get("data")
     return model.to(device).eval()
@@ -139,19 +149,35 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, Any
     path = Path(path)
     state = load_file(path)
     if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        isinstance(key, str) and _is_plain(value) for key, value in state.items()
     ):
         raise UserError(f"{path} is not a checkpoint: expected a dict of tensors by name")
-    config = getattr(state, "_metadata", {}).get(_METADATA_KEY) or _config_beside(path)
+    metadata = getattr(state, "_metadata", None)
+    config = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
+    config = config or _config_beside(path)
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): v for key, v in state.items()}
     return state, config
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor of real numbers, each of which is in the file."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_complex() or value.is_quantized)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
 def load_file(path: Path) -> Any:
     """torch.load on the CPU that executes nothing from the file; UserError where it fails."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"checkpoint {path} does not exist")
+    if damage := damaged(path):
+        raise UserError(damage)
     try:
+        _require_intact(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the very files that are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -162,9 +188,23 @@ def load_file(path: Path) -> Any:
         ) from error
 
 
+def _require_intact(path: Path) -> None:
+    """Raise zipfile.BadZipFile where an archive that torch.save wrote was changed since.
+
+    torch does not compare the check sums in it, and would unpack a small file to any size.
+    """
+    if not zipfile.is_zipfile(path):  # the form before PyTorch 1.6, or no checkpoint at all
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise zipfile.BadZipFile("it unpacks to more than its size")
+        if changed := archive.testzip():
+            raise zipfile.BadZipFile(changed)
+
+
 def newest_weights(path: Path) -> Path:
     """`path` itself if it is a file; of a folder the `ema_*.pt` with the highest step."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     found = sorted(path.glob("ema_*_*.pt"), key=step_of)
     if not found:
@@ -178,6 +218,47 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
+def ema_path(folder: Path, rate: float, step: int) -> Path:
+    """`ema_{rate}_{step:06d}.pt`, the released name of averaged weights."""
+    return folder / f"ema_{rate}_{step:06d}.pt"
+
+
+def model_path(folder: Path, step: int) -> Path:
+    """`model_{step:06d}.pt`, the released name of the live weights."""
+    return folder / f"model_{step:06d}.pt"
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """`state_{step:06d}.pt`: optimizer, scaler, position; what resuming needs besides weights."""
+    return folder / f"state_{step:06d}.pt"
+
+
+def checksums_path(folder: Path, step: int) -> Path:
+    """`checkpoint_{step:06d}.sha256`: hashes of the step's files, for `sha256sum --check`."""
+    return folder / f"checkpoint_{step:06d}.sha256"
+
+
+def damaged(path: Path, hash_of: Callable[[Path], str] = sha256) -> str | None:
+    """How a file differs from what was written, in words; None if it does not or nobody knows."""
+    recorded = read_checksums(checksums_path(path.parent, step_of(path))).get(path.name)
+    if recorded is None or hash_of(path) == recorded:
+        return None
+    return (
+        f"{path} is damaged ({path.stat().st_size} bytes, not the SHA-256 that was recorded when "
+        "it was written); use another checkpoint"
+    )
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """File name → SHA-256, as `sha256sum` writes them; nothing where there is no such file."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(maxsplit=1) for line in lines)
+    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
+
+
 def _config_beside(path: Path) -> dict[str, Any] | None:
     beside = path.parent / "config.json"
     if not beside.is_file():
@@ -185,9 +266,37 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
     try:
         config = dict(json.loads(beside.read_text()))
         config["model"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"{beside} is not a run's config.json ({error!r})") from error
     return config
+
+
+def _stored_config(stored: Any, path: Path) -> ModelConfig:
+    """The architecture in the configuration that was stored in or beside a file."""
+    try:
+        config = ModelConfig.from_dict(dict(stored["model"]))
+        for field in dataclasses.fields(config):
+            value, usual = getattr(config, field.name), type(field.default)
+            if not isinstance(value, (int, float) if usual is float else usual):
+                raise TypeError(f"{field.name} is {value!r}")
+        if not isinstance(stored.get("data"), dict | None):
+            raise TypeError(f"data is {stored['data']!r}")
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise UserError(f"{path}: the configuration stored with it is damaged ({error})") from error
+    return config
+
+
+def _require_as_large(config: ModelConfig, state: StateDict, path: Path) -> None:
+    """Raise UserError where a file does not hold the model that it says; takes no memory for it."""
+    blocks = config.num_res_blocks
+    try:
+        if blocks > len(state):
+            raise ValueError(f"{blocks} residual blocks in {len(state)} tensors")
+        with torch.device("meta"):
+            model = DBAE(config)
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
+        raise UserError(f"{path}: no model is as large as it says ({error})") from error
+    _fitting(model, state, str(path))
 
 
 def _infer_config(state: StateDict, path: Path, overrides: dict[str, Any]) -> ModelConfig:
@@ -210,7 +319,7 @@ def _infer_config(state: StateDict, path: Path, overrides: dict[str, Any]) -> Mo
         stochastic = state["encoder.out.3.weight"].shape[0] == 2 * latent_dim
         num_channels = state["input_blocks.0.0.weight"].shape[0]
         endpoint_channels = state["decoder.init.init.1.weight"].shape[0] // 32
-    except (KeyError, StopIteration, IndexError) as error:
+    except (KeyError, StopIteration, IndexError, ValueError) as error:
         raise UserError(
             f"{path} is not a DBAE checkpoint: it lacks the keys of one "
             "(label_emb.weight, decoder.to_*.weight_orig, encoder.out.3.weight, …)"
@@ -241,40 +350,53 @@ def save_weights(path: Path, model: DBAE, run: Mapping[str, Any] | None = None) 
 
     `run`: more of the run's configuration to store (JSON-able values).
     """
-    state = OrderedDict((k, v.detach().cpu()) for k, v in to_released(model.state_dict()).items())
+    write(path, weights(model, run))
+
+
+def weights(model: DBAE, run: Mapping[str, Any] | None = None) -> StateDict:
+    """What `save_weights` writes."""
+    state = OrderedDict((k, v.detach()) for k, v in to_released(model.state_dict()).items())
     metadata = {**(run or {}), "model": dataclasses.asdict(model.config)}
     state._metadata = {"": {"version": 1}, _METADATA_KEY: metadata}  # type: ignore[attr-defined]
-    with atomic_file(path) as file:
-        torch.save(state, file)
+    return state
 
 
-# Training state ---------------------------------------------------------------------------
+def write(path: Path, content: Any) -> str:
+    """Write tensors, or nested dicts and lists of tensors, numbers and text; returns the SHA-256.
 
-
-def ema_path(folder: Path, rate: float, step: int) -> Path:
-    """`ema_{rate}_{step:06d}.pt`, the released name of averaged weights."""
-    return folder / f"ema_{rate}_{step:06d}.pt"
-
-
-def model_path(folder: Path, step: int) -> Path:
-    """`model_{step:06d}.pt`, the released name of the live weights."""
-    return folder / f"model_{step:06d}.pt"
-
-
-def state_path(folder: Path, step: int) -> Path:
-    """`state_{step:06d}.pt`: optimizer, scaler, position; what resuming needs besides weights."""
-    return folder / f"state_{step:06d}.pt"
-
-
-def resumable_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, newest first.
-
-    The state file is written last, so that where it exists the weights beside it are whole.
+    The hash is of what was meant to be written: to read the file again would not tell a disk that
+    lies.
     """
-    return sorted((step_of(path) for path in folder.glob("state_*.pt")), reverse=True)
-
-
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a training state (nested dicts and lists of tensors, numbers, text) atomically."""
     with atomic_file(path) as file:
-        torch.save(dict(state), file)
+        hashing = _Hashing(file)
+        torch.save(to_cpu(content), cast(IO[bytes], hashing))
+    return hashing.digest.hexdigest()
+
+
+def to_cpu(content: Any, copy: bool = False) -> Any:
+    """Nested dicts and lists with their tensors on the CPU; `copy`: also those that are there."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=copy)
+    if isinstance(content, dict):
+        moved: Any = type(content)((key, to_cpu(value, copy)) for key, value in content.items())
+        if hasattr(content, "_metadata"):  # of a state dict
+            moved._metadata = content._metadata
+        return moved
+    if isinstance(content, (list, tuple)):
+        return type(content)(to_cpu(value, copy) for value in content)
+    return content
+
+
+class _Hashing:
+    """A file to write to, whose content is hashed on the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()

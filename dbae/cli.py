@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import UserError
+from .errors import GroupError, Stopped, UserError, one_line
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -73,6 +73,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see {os.path.basename(self.prog)} --help)")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed = super().parse_args(args, namespace)
+        for name, value in vars(parsed).items():
+            if value == []:  # before Python 3.13 that is what `--flag=--` gives
+                self.error(f"argument --{name}: expected one argument")
+        return parsed
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser that reports mistakes as `UserError` and accepts no abbreviated flags."""
@@ -115,15 +122,20 @@ def given(namespace: argparse.Namespace, config: type) -> dict[str, Any]:
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
-    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2.
+    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2, `Stopped` one
+    line and its own code.
 
     So does what the operating system refuses (a full disk, a read-only folder), with exit code 1.
     """
     try:
         code = main(None)
     except UserError as error:
-        _complain(str(error))
+        _complain(error)
         code = 2
+    except Stopped as stopped:
+        if _rank() == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        code = stopped.code
     except BrokenPipeError:  # the reader of our output (head, less) went away
         sys.stderr.close()
         code = 1
@@ -136,12 +148,19 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
     sys.exit(code or 0)
 
 
-def _complain(message: str) -> None:
+def _complain(error: str | UserError) -> None:
     """Print one error line. Of several processes with the same mistake, only the first does."""
-    ranks = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    rank = next((os.environ[name] for name in ranks if name in os.environ), "0")
+    rank, message = _rank(), one_line(str(error))
     if rank != "0":
+        if isinstance(error, GroupError):  # rank 0 has it too
+            return
         # Where rank 0 fails as well, its launcher ends this process meanwhile.
         time.sleep(3)
         message = f"rank {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _rank() -> str:
+    """This process's number as its launcher says; of the innermost, as in `distributed`."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0")

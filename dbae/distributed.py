@@ -5,30 +5,50 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
+import json
 import os
 import platform
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import GroupError, UserError
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
+_LEAVE_S = 10.0
+_LONG = 60  # characters of a value in a message
+
 T = TypeVar("T")
+S = TypeVar("S", bound=dist.Store)
+
+
+class LostContact(UserError):
+    """Another rank died or does not answer. Each rank that is left notices by itself.
+
+    `code` is the exit code that tells launchers that a restart helps (EX_TEMPFAIL of sysexits.h).
+    """
+
+    code = 75
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
     """This process's place among all processes of the run.
 
-    `Context()` is a single CPU process. `barrier`, `gather_objects`,
-    `ranks_here` and `all_reduce_sum` are collectives: all ranks must call them.
+    `Context()` is a single CPU process. All methods but `print` are collectives: all ranks must
+    call them, in the same order. All but `all_reduce_sum` talk over the CPU, and so do not wait
+    for what the GPU has still to do. Where another rank is gone they raise a RuntimeError, which
+    `join` makes a LostContact.
     """
 
     rank: int = 0
@@ -44,8 +64,15 @@ class Context:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        if self.world_size > 1:
-            dist.barrier()
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Is the flag true on any rank?"""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
 
     def gather_objects(self, obj: T) -> list[T]:
         """Every rank's (picklable) object, in rank order, on every rank."""
@@ -56,7 +83,7 @@ class Context:
         return gathered
 
     def ranks_here(self) -> int:
-        """How many ranks share this machine with this one. A collective."""
+        """How many ranks share this machine with this one."""
         return self.gather_objects(platform.node()).count(platform.node())
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -66,6 +93,51 @@ class Context:
         total = tensor.detach().to(self.device, copy=True).contiguous()
         dist.all_reduce(total)
         return total.to(tensor.device)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What each rank does on its own inside fails on all ranks, or on none.
+
+        Where it raises UserError or OSError on any rank, all raise GroupError on leaving, with
+        the message of the lowest such rank. Other exceptions (and what a single process raises)
+        pass through unchanged.
+        """
+        problem: UserError | OSError | None = None
+        try:
+            yield
+        except (UserError, OSError) as error:
+            if self.world_size == 1:
+                raise
+            problem = error
+        messages = self.gather_objects(None if problem is None else _message(problem))
+        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        if failed:
+            alike = len(set(messages)) == 1
+            who = "" if alike or failed[0] == 0 else f"rank {failed[0]}: "
+            raise GroupError(f"{who}{messages[failed[0]]}") from problem
+
+    def require_same(self, what: Mapping[str, Any]) -> None:
+        """Raise GroupError on all ranks unless every rank gives the same `what`.
+
+        `what` maps names for people ("flag --lr", "data") to values that JSON can hold.
+        """
+        texts = {name: json.dumps(value, sort_keys=True) for name, value in what.items()}
+        sums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        all_sums = self.gather_objects(sums)
+        if all(theirs == all_sums[0] for theirs in all_sums):
+            return
+        shown = self.gather_objects({name: _shorten(texts[name], sums[name]) for name in texts})
+        rank = next(rank for rank, theirs in enumerate(all_sums) if theirs != all_sums[0])
+        names = sorted(all_sums[0].keys() | all_sums[rank].keys())
+        different = "; ".join(
+            f"{name} {shown[rank].get(name, 'missing')} instead of {shown[0].get(name, 'missing')}"
+            for name in names
+            if all_sums[0].get(name) != all_sums[rank].get(name)
+        )
+        raise GroupError(
+            f"rank {rank} differs from rank 0: {different}; start all ranks with the same "
+            "command, data and packages"
+        )
 
     def print(self, *args: object) -> None:
         """Print a line, on rank 0 only."""
@@ -79,11 +151,13 @@ def join(device: str = "auto", timeout_s: float = 600) -> Iterator[Context]:
 
     One process needs no launcher and makes no process group. `device` is auto, cuda, mps or cpu;
     auto is the GPU of this process's local rank where there is CUDA, MPS for a single process
-    on a Mac, else the CPU. Several processes talk over NCCL on CUDA and gloo elsewhere.
+    on a Mac, else the CPU. Several processes talk over gloo, and over NCCL about what lies on GPUs.
     `timeout_s` bounds the wait for the others, at the start and in each collective.
 
     Raises UserError when the launcher's variables are incomplete, when this machine has fewer
-    GPUs than processes, or when rank 0 cannot be reached. Under mpiexec a process can join once.
+    GPUs than processes, when rank 0 cannot be reached or its port is in use; LostContact when
+    inside, in a collective, another rank has died or does not answer within `timeout_s`. Under
+    mpiexec a process can join once.
     """
     place = _find_place(os.environ)
     context = Context(
@@ -242,52 +316,153 @@ def _process_group(device: torch.device, place: _Place, timeout_s: float) -> Ite
         return
     timeout = datetime.timedelta(seconds=timeout_s)
     on_cuda = device.type == "cuda"
+    lost_contact = False
     try:
         try:
             dist.init_process_group(
-                "nccl" if on_cuda else "gloo",
+                "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
                 timeout=timeout,
                 device_id=device if on_cuda else None,
-                **_rendezvous(place, os.environ, timeout),
+                store=_rendezvous(place, os.environ, timeout),
+                rank=place.rank,
+                world_size=place.world_size,
             )
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"rank {place.rank} of {place.world_size} ({place.launcher}) could not join the "
-                f"others within {timeout_s:g} s; are all started, is MASTER_ADDR right? ({reason})"
+        except RuntimeError as error:
+            message = _why_not_joined(error, place, timeout_s)
+            if message is None:
+                raise
+            raise UserError(message) from error
+        try:
+            yield
+        except RuntimeError as error:
+            if not _tells_of_lost_contact(error):
+                raise
+            reason = "the connection broke"
+            if re.search("timed? ?out", str(error), re.IGNORECASE):
+                reason = f"no answer within {timeout_s:g} s"
+            raise LostContact(
+                f"lost contact with another rank ({reason}): it died or hangs; the same command "
+                "again goes on from the last checkpoint"
             ) from error
-        yield
+    except LostContact:
+        lost_contact = True
+        raise
     finally:
-        if dist.is_initialized():
+        _leave(lost_contact)
+
+
+# What gloo and NCCL say when a peer is gone. What they say of a wrong call (shapes that differ
+# between ranks, say) is a RuntimeError as well, but a defect that needs its traceback.
+_LOST_CONTACT = re.compile(
+    r"gloo.*(closed by peer|Read error|writev|Timed out|pair closure|Socket closed)"
+    r"|NCCL.*(remote process|network error|communicator was aborted|timeout)",
+    re.DOTALL,
+)
+
+
+def _tells_of_lost_contact(error: RuntimeError) -> bool:
+    return _LOST_CONTACT.search(str(error)) is not None
+
+
+def _why_not_joined(error: RuntimeError, place: _Place, timeout_s: float) -> str | None:
+    """The message for the user; None where it is not about the other ranks."""
+    text = str(error)
+    if "EADDRINUSE" in text:
+        port = re.search(r"port: (\d+)", text)
+        return (
+            f"port {port[1] if port else ''} of this machine, where the ranks are to meet, is in "
+            "use: set MASTER_PORT to a free one"
+        )
+    from_network = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+    if not from_network and not _tells_of_lost_contact(error):
+        return None
+    return (
+        f"rank {place.rank} of {place.world_size} ({place.launcher}) could not join the "
+        f"others within {timeout_s:g} s; are all started, is MASTER_ADDR right? "
+        f"({text.splitlines()[0]})"
+    )
+
+
+def _leave(lost_contact: bool) -> None:
+    """Destroy the process group. NCCL may wait for a peer that is gone, so not for ever."""
+
+    group = dist.group.WORLD
+
+    def leave() -> None:
+        with contextlib.suppress(RuntimeError):
+            if lost_contact and group is not None:
+                group.abort()
+        with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
+    if group is not None:
+        thread = threading.Thread(target=leave, daemon=True)
+        thread.start()
+        thread.join(_LEAVE_S)
 
-def _rendezvous(
-    place: _Place, env: Mapping[str, str], timeout: datetime.timedelta
-) -> dict[str, Any]:
-    """The arguments of `init_process_group` that tell how the ranks find each other."""
+
+def _message(error: UserError | OSError) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+
+
+def _shorten(text: str, checksum: str) -> str:
+    """A value for a message; two long values that differ look different."""
+    return text if len(text) <= _LONG else f"{text[:_LONG]}… (sha256 {checksum[:8]})"
+
+
+def _rendezvous(place: _Place, env: Mapping[str, str], timeout: datetime.timedelta) -> dist.Store:
+    """The key-value store over which the ranks find each other."""
     if place.launcher == "torchrun":
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in env:
                 raise UserError(
                     f"the environment has RANK and WORLD_SIZE but no {name}; torchrun sets it"
                 )
-        return {"init_method": "env://"}
-    ranks = {"rank": place.rank, "world_size": place.world_size}
+        _integer(env, "MASTER_PORT")
+        store = _connect(lambda: next(dist.rendezvous("env://", timeout=timeout))[0], timeout)
+        # torchrun's store outlives a restart, and with it the addresses of ranks that are gone.
+        return dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     if place.launcher == "slurm":
-        address = (_slurm_host(env), _slurm_port(env))
-    elif "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        address = (env["MASTER_ADDR"], _integer(env, "MASTER_PORT"))
-    else:
-        return {"store": _mpi_store(place, env, timeout), **ranks}
-    return {"store": _store(*address, place, timeout), **ranks}
+        return _store(_slurm_host(env), _slurm_port(env), place, timeout)
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return _store(env["MASTER_ADDR"], _integer(env, "MASTER_PORT"), place, timeout)
+    return _mpi_store(place, env, timeout)
 
 
 def _store(host: str, port: int, place: _Place, timeout: datetime.timedelta) -> dist.TCPStore:
-    """The key-value store of the ranks; rank 0 serves it (port 0: at any free port)."""
-    return dist.TCPStore(
-        host, port, is_master=place.rank == 0, timeout=timeout, wait_for_workers=False
+    """A store that rank 0 serves (port 0: at any free port)."""
+    serves = place.rank == 0
+    return _connect(
+        lambda: dist.TCPStore(
+            host, port, is_master=serves, timeout=timeout, wait_for_workers=False
+        ),
+        timeout,
     )
+
+
+def _connect(make: Callable[[], S], timeout: datetime.timedelta) -> S:
+    """The store that `make` returns, or raises DistNetworkError after the timeout.
+
+    Of itself torch waits without a limit where something else took the port and keeps silent.
+    """
+    made: Future[S] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(make())
+        except Exception as error:
+            made.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        # The slack: torch's own timeouts are to come first, since they say what they waited for.
+        return made.result(timeout.total_seconds() + 1)
+    except FutureTimeout:
+        raise dist.DistNetworkError(
+            "what listens there is no rank 0: does another program use the port?"
+        ) from None
 
 
 def _slurm_host(env: Mapping[str, str]) -> str:

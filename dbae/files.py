@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -44,6 +45,16 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for results. UserError where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     with atomic_file(path) as file:
@@ -68,6 +79,11 @@ def sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=8)  # several protocols of one run name the same weights
 def _sha256(path: Path, _: tuple[int, int, int]) -> str:
+    return hash_file(path)
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of what is on the disk now, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -113,7 +113,22 @@ class TrainConfig:
     flip: bool = option(True, "random horizontal flips")
     precision: str = option("fp32", "arithmetic of the networks", choices=("fp32", "bf16", "fp16"))
     seed: int = option(0, "everything random is a function of this and the sample's position")
+    max_bad_steps: int = option(
+        10, "so many steps in a row whose loss or gradient is not finite end the run"
+    )
+    max_spike: float = option(
+        0, "skip a step whose loss is this many times the recent mean (0: none)"
+    )
+    max_minutes: float = option(
+        0, "save, and end with exit code 143, after so many minutes (0: no limit)"
+    )
+    timeout_s: float = option(
+        600, "seconds that a process waits for another, or for a data-loading worker"
+    )
     save_interval: int = option(10_000, "steps between checkpoints")
+    keep_last: int = option(5, "the newest so many checkpoints are kept (0: all)")
+    keep_every: int = option(100_000, "checkpoints at multiples of this step are kept too")
+    async_save: bool = option(False, "write checkpoints in the background, from a copy in memory")
     sample_interval: int = option(10_000, "steps between reconstruction grids (0: none)")
     log_interval: int = option(100, "steps between log lines")
     num_workers: int = option(-1, "data-loading processes per rank (-1: chosen from the cores)")
@@ -122,7 +137,10 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "microbatch", "max_steps", "save_interval", "log_interval"):
+        for name in (
+            "batch_size", "microbatch", "max_steps", "save_interval", "log_interval",
+            "max_bad_steps",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.batch_size % self.microbatch and self.microbatch < self.batch_size:
@@ -130,8 +148,11 @@ class TrainConfig:
                 f"--batch_size {self.batch_size} is not a multiple of --microbatch "
                 f"{self.microbatch}"
             )
-        if self.sample_interval < 0:
-            raise UserError(f"--sample_interval {self.sample_interval} must not be negative")
+        for name in ("sample_interval", "keep_last", "keep_every", "max_minutes", "max_spike"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"--{name} {getattr(self, name)} must not be negative")
+        if not 1 <= self.timeout_s < float("inf"):
+            raise UserError(f"--timeout_s {self.timeout_s} must be at least 1")
         if not 0 <= self.ema_rate < 1:
             raise UserError(f"--ema_rate {self.ema_rate} must lie in [0, 1)")
         if not self.lr > 0:

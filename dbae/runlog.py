@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,8 +18,11 @@ from .files import write_text
 # One row of progress.csv. The last two depend on the machine's speed, the others do not.
 COLUMNS = (
     "step", "images", "loss", "xs_mse", "grad_norm", "grad_norm_encoder", "z_norm", "z_std",
-    "z_dead", "replaced_images", "images_per_s", "seconds",
+    "z_dead", "replaced_images", "bad_steps", "overflows", "images_per_s", "seconds",
 )  # fmt: skip
+BAD_STEPS = "bad_steps.jsonl"
+# Columns that a line of the log shows only where they are not zero.
+_RARE = ("replaced_images", "bad_steps", "overflows")
 
 
 class RunLog:
@@ -37,6 +42,7 @@ class RunLog:
         from tqdm import tqdm
 
         self.path = folder / "progress.csv"
+        self._bad_steps = folder / BAD_STEPS
         self.max_steps = max_steps
         self._cut_after(step)
         self._service = _service(logger, folder, config)
@@ -78,30 +84,66 @@ class RunLog:
         if not self.path.exists():
             writer.writerow(COLUMNS)
         writer.writerow([_cell(row[name]) for name in COLUMNS])
-        with open(self.path, "a", newline="") as file:
-            file.write(text.getvalue())
+        _append(self.path, text.getvalue())
         eta = seconds * (self.max_steps - step)
         self.say(
             f"step={step}/{self.max_steps} loss={row['loss']:.4f} xs_mse={row['xs_mse']:.5f} "
             f"grad={row['grad_norm']:.3g} grad_enc={row['grad_norm_encoder']:.3g} "
             f"|z|={row['z_norm']:.3g} z_dead={row['z_dead']:.0%} "
             f"img/s={row['images_per_s']:.1f} eta={duration(eta)} next_ckpt={next_checkpoint}"
-            + (f" replaced_images={row['replaced_images']}" if row["replaced_images"] else "")
+            + "".join(f" {name}={row[name]}" for name in _RARE if row[name])
         )
         if self._service is not None:
             self._service({k: v for k, v in row.items() if k != "step"}, step)
+
+    def bad_step(self, entry: Mapping[str, Any]) -> None:
+        """Add a step that was skipped to bad_steps.jsonl, one JSON object a line."""
+        _append(self._bad_steps, json.dumps(entry) + "\n")
 
     def close(self) -> None:
         """End the progress bar."""
         self._bar.close()
 
     def _cut_after(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        lines = self.path.read_text().splitlines()
-        kept = [line for line in lines[1:] if line.split(",")[0].isdigit()]
-        kept = [line for line in kept if int(line.split(",")[0]) <= step]
-        write_text(self.path, "\n".join([",".join(COLUMNS), *kept]) + "\n")
+        """Take out what an interrupted run wrote past `step`, and lines it wrote half."""
+        if self.path.exists():
+            with open(self.path, newline="", errors="replace") as file:
+                rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+            text = io.StringIO()
+            # An earlier version's file may lack columns.
+            writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="0")
+            writer.writeheader()
+            writer.writerows(r for r in rows if _step_of_row(r) <= step)
+            write_text(self.path, text.getvalue())
+        if self._bad_steps.exists():
+            lines = self._bad_steps.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step_of_entry(line) <= step]
+            write_text(self._bad_steps, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of_row(row: Mapping[str, Any]) -> float:
+    text = row.get("step") or ""
+    return int(text) if text.isdigit() else float("inf")
+
+
+def _step_of_entry(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        with open(path, "a", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that is written later must not outlive this
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; training stops here, and the same command "
+            "goes on from the last checkpoint"
+        ) from error
 
 
 def duration(seconds: float) -> str:

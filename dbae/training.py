@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import inspect
 import json
+import math
 import platform
 import sys
 import warnings
@@ -24,18 +26,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint, files
 from .data import image_grid, open_dataset, to_model_range, to_uint8
-from .data.loader import Batch, default_workers, load_batches
+from .data.loader import Batch, WorkerLost, default_workers, load_batches
 from .data.order import BatchOrder, RankBatches
 from .distributed import Context
 from .ema import Ema
-from .encoder import DEAD_STD
-from .errors import UserError
+from .errors import Stopped, UserError
+from .guard import StepGuard
+from .lock import FolderLock
 from .model import DBAE
 from .presets import ModelConfig, TrainConfig
 from .random import fold, normal, uniform
-from .runlog import RunLog
+from .runlog import BAD_STEPS, RunLog
+from .stop import StopRequest
+from .store import CheckpointStore
+from .sums import Sums
 
 _GRID_IMAGES = 8
+_LOADER_TRIES = 4  # in a row without a batch between them
 # DDP's name for it changed in torch 2.13.
 _LOCAL_BUFFERS: dict[str, Any] = (
     {"forward_sync_buffers": False}
@@ -65,7 +72,8 @@ class Trainer:
         command: recorded in config.json.
 
     Raises:
-        UserError: data, configuration, checkpoint or disk do not fit.
+        UserError: data, configuration, checkpoint or disk do not fit, ranks differ, or another
+            process trains in the folder.
     """
 
     def __init__(
@@ -77,46 +85,45 @@ class Trainer:
         command: str = "",
     ) -> None:
         self.config, self.context, self.device = config, context, context.device
-        if config.precision == "fp16" and self.device.type != "cuda":
-            raise UserError("--precision fp16 needs a CUDA GPU; use bf16 or fp32 here")
-        size = model_config.image_size
-        source = (config.dataset, config.data_dir, size)
-        self.dataset = open_dataset(*source, config.split, config.bad_images)
-        self.pictures = self.dataset
-        if config.split == "train":
-            with contextlib.suppress(UserError):  # a set may have no part that is held out
-                self.pictures = open_dataset(*source, "test", config.bad_images)
+        self.stop = StopRequest(config.max_minutes)
         self.folder = Path(config.workdir) / experiment_name(config.dataset, model_config)
+        with context.together():
+            if config.precision == "fp16" and self.device.type != "cuda":
+                raise UserError("--precision fp16 needs a CUDA GPU; use bf16 or fp32 here")
+            source = (config.dataset, config.data_dir, model_config.image_size)
+            self.dataset = open_dataset(*source, config.split, config.bad_images)
+            self.pictures = self.dataset
+            if config.split == "train":
+                with contextlib.suppress(UserError):  # a set may have no part that is held out
+                    self.pictures = open_dataset(*source, "test", config.bad_images)
+            self.describe = self._describe(model_config, command)
+        context.require_same(self._common_facts())
+        self.workers = config.num_workers
+        if self.workers < 0:
+            self.workers = default_workers(self.dataset, context.ranks_here())
+        self.order = BatchOrder(len(self.dataset), config.seed)
+        self.global_batch = config.batch_size * context.world_size
 
         torch.manual_seed(fold(config.seed, "initial weights"))
         self.model = DBAE(model_config).to(self.device)
         self.ema = Ema(self.model, config.ema_rate)
         self.optimizer = torch.optim.RAdam(self.model.parameters(), lr=config.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.guard = StepGuard(config.max_bad_steps, config.max_spike)
         self.step = self.position = self.replaced = 0
-        self.global_batch = config.batch_size * context.world_size
-        self.describe = {
-            "model": dataclasses.asdict(model_config),
-            "train": dataclasses.asdict(config),
-            "data": self.dataset.describe(),
-            # of the last start; a run may have had several
-            "environment": {
-                "world_size": context.world_size,
-                "device": torch.cuda.get_device_name()
-                if self.device.type == "cuda"
-                else self.device.type,
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "command": command,
-            },
-        }
-        resumed = self._resume(resume)
-        if context.is_main:
-            self._open_folder()
-            self.log = RunLog(
-                self.folder, self.step, config.max_steps, config.logger, self.describe
-            )
-            self._introduce(resumed)
+        self.sums = Sums(model_config.latent_dim, self.device)
+        self._resources = contextlib.ExitStack()
+        try:
+            with context.together():
+                if context.is_main:
+                    self._open_folder()
+            notes = self._resume(resume)
+            with context.together():
+                if context.is_main:
+                    self._open_log(notes)
+        except BaseException:
+            self.close()
+            raise
         self.wrapped: Any = self.model
         if context.world_size > 1:
             # Batch norm uses each rank's own micro-batch, as in the published training: buffers
@@ -131,42 +138,48 @@ class Trainer:
                 gradient_as_bucket_view=True,
             )
 
+    def close(self) -> None:
+        """Let go of the run's folder; `run` does so at its end."""
+        self._resources.close()
+
     # The loop -----------------------------------------------------------------------------
 
     def run(self) -> Path:
-        """Train to max_steps; returns the run's folder."""
-        config = self.config
-        sums = Sums(self.model.config.latent_dim, self.device)
-        for batch in self._batches():
-            self._train_step(batch, sums)
-            self.ema.update(self.step)
-            self.step += 1
-            self.position += self.global_batch
+        """Train to max_steps; returns the run's folder.
 
-            last = self.step == config.max_steps
-            saving = last or self.step % config.save_interval == 0
-            if self.context.is_main:
-                self.log.advance()
-            # Also before saving, so that no half-filled interval has to be kept for resuming.
-            if saving or self.step % config.log_interval == 0:
-                self._write_log(sums)
-                sums = Sums(self.model.config.latent_dim, self.device)
-            if config.sample_interval and (last or self.step % config.sample_interval == 0):
-                self._write_samples()
-            if saving:
-                self._save()
-        if self.context.is_main:
-            self.log.close()
-        self.context.barrier()
+        Raises:
+            Stopped: a signal or --max_minutes ended training early; all is saved.
+            UserError: it cannot go on (a full disk, too many bad steps, unreadable data).
+        """
+        config = self.config
+        with self._resources, self.stop:
+            for batch in self._batches():
+                self._train_step(batch)
+                self.step += 1
+                self.position += self.global_batch
+                if self.context.is_main:
+                    self.log.advance()
+
+                last = self.step == config.max_steps
+                stopping = self.context.any(self._must_stop()) and not last
+                if last or self.step % config.log_interval == 0:
+                    self._write_log()
+                if config.sample_interval and (last or self.step % config.sample_interval == 0):
+                    self._write_samples()
+                if last or stopping or self.step % config.save_interval == 0:
+                    self._save(wait=last or stopping)
+                if stopping:
+                    self._end_early()
         return self.folder
 
-    def _train_step(self, batch: Batch, sums: Sums) -> None:
-        """Forward and backward over micro-batches, then one update."""
+    def _train_step(self, batch: Batch) -> None:
+        """Forward and backward over micro-batches, then one update, unless the step is bad."""
         config = self.config
         first = self.position + self.context.rank * config.batch_size
         positions = range(first, first + config.batch_size)
         self.replaced += batch.replaced
         images = to_model_range(batch.images.to(self.device, non_blocking=True))
+        sums, drawn = Sums(self.model.config.latent_dim, self.device), []
         starts = range(0, config.batch_size, config.microbatch)
         for start in starts:
             part = slice(start, start + config.microbatch)
@@ -176,13 +189,106 @@ class Trainer:
                 with self._autocast():
                     terms = self.wrapped(x0, t, noise, latent_noise)
                 loss = terms["loss"].sum() / config.batch_size
-                self.scaler.scale(loss).backward()
+                # A loss that is not finite spoils the gradients, whose mean tells every rank.
+                spoil = torch.where(loss.isfinite(), 1.0, float("nan"))
+                self.scaler.scale(loss).backward(spoil)
             sums.add_terms(terms)
+            drawn.append(torch.stack([t.float(), terms["loss"].detach().float()]))
         self.scaler.unscale_(self.optimizer)
-        sums.add_gradients(self.model)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norms = torch.stack(
+            [_norm(self.model.parameters()), _norm(self.model.encoder.parameters())]
+        )
+        self._update(norms, torch.cat(drawn, dim=1), sums)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _update(self, norms: Tensor, drawn: Tensor, sums: Sums) -> None:
+        """Apply the gradient, or on all ranks alike leave the step out.
+
+        Args:
+            norms: (2,) of the gradient, which is the mean over all ranks, and of its encoder part.
+            drawn: (2, batch_size), this rank's t and losses.
+            sums: this step's.
+        """
+        finite = bool(norms[0].isfinite())
+        mean_loss = None
+        if finite and self.config.max_spike:
+            total = self.context.all_reduce_sum(drawn[1].double().sum())
+            mean_loss = float(total) / self.global_batch
+        if finite and not (mean_loss and self.guard.spikes(mean_loss)):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.ema.update(self.step)
+            self.guard.applied(mean_loss)
+            sums.add_gradients(norms)
+            self.sums.add(sums)
+            return
+        suspects = [
+            (place, t, loss)
+            for place, (t, loss) in enumerate(drawn.T.tolist())
+            if not math.isfinite(loss)
+        ]
+        by_rank = self.context.gather_objects(suspects)
+        scale = self.scaler.get_scale()
+        if not finite and not any(by_rank) and self.scaler.is_enabled() and scale > 1:
+            self.scaler.step(self.optimizer)  # which does nothing, and
+            self.scaler.update()  # the scale is lowered
+            self.guard.overflows += 1
+            self.sums.add(sums)
+            return
+        self.scaler.update(scale)
+        self._skip(by_rank, float(norms[0]), mean_loss)
+
+    def _skip(
+        self, by_rank: list[list[tuple[int, float, float]]], norm: float, mean_loss: float | None
+    ) -> None:
+        """Tell of a bad step, and stop when there were too many in a row."""
+        size = self.config.batch_size
+        images = self.order.indices(self.position, self.global_batch)
+        samples = [
+            {
+                "rank": rank,
+                "position": self.position + rank * size + place,
+                "image": self.dataset.image_name(images[rank * size + place]),
+                "t": t,
+                "loss": str(loss),
+            }
+            for rank, suspects in enumerate(by_rank)
+            for place, t, loss in suspects
+        ]
+        if samples:
+            why = f"loss {samples[0]['loss']} of {len(samples)} of {len(images)} images"
+        elif mean_loss is not None:
+            why = f"loss {mean_loss:.4g}, a spike"
+        else:
+            why = f"gradient norm {norm}"
+        if self.context.is_main:
+            self.log.bad_step(
+                {
+                    "step": self.step + 1,
+                    "why": why,
+                    "first_position": self.position,
+                    "images": images,
+                    "not_finite": samples,
+                }
+            )
+            self.log.say(
+                f"step={self.step + 1} skipped: {why}; no weight was changed (see {BAD_STEPS})"
+            )
+        with self.context.together():
+            self.guard.skipped(self.step + 1, why)
+
+    def _must_stop(self) -> bool:
+        return self.stop.reason is not None or (self.context.is_main and self.store.failed)
+
+    def _end_early(self) -> None:
+        """Raise Stopped, on all ranks with the same reason."""
+        reasons = self.context.gather_objects((self.stop.reason, self.stop.code))
+        reason, code = next(pair for pair in reasons if pair[0] is not None)
+        raise Stopped(
+            f"{reason}: stopped at step {self.step} of {self.config.max_steps}, all is saved; "
+            "the same command goes on from here",
+            code,
+        )
 
     def _draw(self, images: Tensor, positions: range) -> tuple[Tensor, Tensor, Tensor, Any]:
         """This part's images, flipped or not, with their times and noises."""
@@ -202,20 +308,36 @@ class Trainer:
         return images, t, noise, latent_noise
 
     def _batches(self) -> Iterator[Batch]:
+        """This rank's batches from the present step on; a lost worker is replaced."""
+        tries = 0
+        while self.step < self.config.max_steps:
+            try:
+                for batch in self._load():
+                    tries = 0
+                    yield batch
+            except WorkerLost as lost:
+                tries += 1
+                if tries == _LOADER_TRIES:
+                    raise
+                who = f"rank {self.context.rank}: " if self.context.world_size > 1 else ""
+                note = f"{who}{lost}; loading starts anew at step {self.step + 1}"
+                print(note, file=sys.stderr, flush=True)
+            gc.collect()  # what is left of the lost workers, lest the new ones inherit it
+
+    def _load(self) -> Iterator[Batch]:
         config, context = self.config, self.context
-        remaining = max(config.max_steps - self.step, 0)
         batches = RankBatches(
-            BatchOrder(len(self.dataset), config.seed),
+            self.order,
             self.position,
-            self.position + remaining * self.global_batch,
+            self.position + (config.max_steps - self.step) * self.global_batch,
             config.batch_size,
             context.rank,
             context.world_size,
         )
-        workers = config.num_workers
-        if workers < 0:
-            workers = default_workers(self.dataset, context.ranks_here())
-        return load_batches(self.dataset, batches, workers, self.device.type == "cuda")
+        # A worker that hangs is found before the other ranks lose patience with this one.
+        return load_batches(
+            self.dataset, batches, self.workers, self.device.type == "cuda", config.timeout_s / 2
+        )
 
     def _autocast(self) -> torch.autocast:
         dtype = _DTYPES[self.config.precision]
@@ -230,21 +352,22 @@ class Trainer:
 
     # Output -------------------------------------------------------------------------------
 
-    def _write_log(self, sums: Sums) -> None:
-        row = sums.row(self.context)
+    def _write_log(self) -> None:
+        row = self.sums.row(self.context)
+        self.sums = Sums(self.model.config.latent_dim, self.device)
         replaced = sum(self.context.gather_objects(self.replaced))
-        if not row["loss"] < float("inf"):
-            raise UserError(
-                f"the loss is {row['loss']} at step {self.step}; checkpoints in {self.folder} "
-                "are from before. Try a lower --lr, --precision bf16 or fp32"
-            )
-        if self.context.is_main:
-            every = self.config.save_interval
-            upcoming = min((self.step // every + 1) * every, self.config.max_steps)
-            if self.step % every == 0 or self.step == self.config.max_steps:
-                upcoming = self.step
-            progress = {"step": self.step, "images": self.position, "replaced_images": replaced}
-            self.log.write({**progress, **row}, self.global_batch, upcoming)
+        with self.context.together():
+            if self.context.is_main:
+                every = self.config.save_interval
+                upcoming = min(-(-self.step // every) * every, self.config.max_steps)
+                counts = {
+                    "step": self.step,
+                    "images": self.position,
+                    "replaced_images": replaced,
+                    "bad_steps": self.guard.bad,
+                    "overflows": self.guard.overflows,
+                }
+                self.log.write({**counts, **row}, self.global_batch, upcoming)
 
     def _write_samples(self) -> None:
         """Originals, endpoints and reconstructions of a few images by the averaged model."""
@@ -265,58 +388,150 @@ class Trainer:
             grid.save(file, format="PNG")
         self.log.unpause()
 
-    def _save(self) -> None:
-        if not self.context.is_main:
-            return
-        self.log.pause()
-        files.require_space(self.folder, self._checkpoint_bytes())
+    def _save(self, wait: bool) -> None:
+        """A checkpoint; `wait`: until it and those before are on the disk. A collective."""
+        # What belongs to a rank, so that the next line of the log is the same after a restart.
+        ranks = self.context.gather_objects({"sums": self.sums.state(), "replaced": self.replaced})
+        with self.context.together():
+            if self.context.is_main:
+                self.log.pause()
+                self.store.save(self.step, self._contents(ranks))
+                if wait:
+                    self.store.finish()
+                self.log.unpause()
+
+    def _contents(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a checkpoint consists of: file name → content."""
+        for name, value in self.model.state_dict().items():
+            if not value.isfinite().all():
+                raise UserError(
+                    f"the weights are no longer finite at step {self.step} ({name}): training has "
+                    f"diverged, no checkpoint is written. Those in {self.folder} are from before; "
+                    "try a lower --lr, --precision bf16 or fp32"
+                )
         run = {key: self.describe[key] for key in ("train", "data", "environment")}
-        checkpoint.save_weights(checkpoint.model_path(self.folder, self.step), self.model, run)
-        averaged = checkpoint.ema_path(self.folder, self.config.ema_rate, self.step)
-        checkpoint.save_weights(averaged, self.ema.shadow, run)
+        paths = (
+            checkpoint.model_path(self.folder, self.step),
+            checkpoint.ema_path(self.folder, self.config.ema_rate, self.step),
+            checkpoint.state_path(self.folder, self.step),
+        )
         state = {
             "step": self.step,
             "position": self.position,
-            "replaced": self.replaced,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "guard": self.guard.state(),
+            "ranks": ranks,
             "config": json.dumps(self.describe),
         }
-        checkpoint.save_state(checkpoint.state_path(self.folder, self.step), state)
-        self.log.say(f"saved {averaged}")
-        self.log.unpause()
+        models = (self.model, self.ema.shadow)
+        contents = [*(checkpoint.weights(model, run) for model in models), state]
+        return {path.name: content for path, content in zip(paths, contents, strict=True)}
+
+    # Start --------------------------------------------------------------------------------
+
+    def _describe(self, model_config: ModelConfig, command: str) -> dict[str, Any]:
+        """What config.json holds."""
+        cuda = self.device.type == "cuda"
+        return {
+            "model": dataclasses.asdict(model_config),
+            "train": dataclasses.asdict(self.config),
+            "data": self.dataset.describe(),
+            # of the last start; a run may have had several
+            "environment": {
+                "world_size": self.context.world_size,
+                "device": torch.cuda.get_device_name() if cuda else self.device.type,
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "command": command,
+            },
+        }
+
+    def _common_facts(self) -> dict[str, Any]:
+        """What must be alike on all ranks, by names for people."""
+        flags = {**self.describe["model"], **self.describe["train"]}
+        return {
+            **{f"--{name}": value for name, value in flags.items()},
+            "the images": self.describe["data"]["fingerprint"],
+            "the version of torch": self.describe["environment"]["torch"],
+            "the kind of device": self.device.type,
+        }
+
+    def _open_folder(self) -> None:
+        """Make the run's folder and lock it."""
+        files.make_folder(self.folder)
+        self.lock = self._resources.enter_context(FolderLock(self.folder))
+        for path in self.folder.glob(".*.tmp"):  # half a file that a killed process left
+            path.unlink(missing_ok=True)
+        self.store = CheckpointStore(
+            self.folder,
+            self.config.keep_last,
+            self.config.keep_every,
+            self.config.async_save,
+            lambda text: self.log.say(text),
+        )
+        self._resources.callback(self.store.close)
+
+    def _open_log(self, notes: list[str]) -> None:
+        """Write config.json and the log's first lines."""
+        config = self.config
+        files.require_space(self.folder, self._checkpoint_bytes())
+        text = json.dumps(self.describe, indent=2) + "\n"
+        files.write_text(self.folder / "config.json", text)
+        self.log = RunLog(self.folder, self.step, config.max_steps, config.logger, self.describe)
+        self._resources.callback(self.log.close)
+        if self.lock.stale:
+            notes = [f"the lock of {self.lock.stale}, which is gone, was taken over", *notes]
+        self._introduce(notes)
 
     def _checkpoint_bytes(self) -> int:
         """Live and averaged weights and RAdam's two moments, with some room."""
         return int(4.1 * sum(v.nbytes for v in self.model.state_dict().values())) + 2**20
 
-    # Start --------------------------------------------------------------------------------
+    def _resume(self, resume: str | None) -> list[str]:
+        """Load what there is to continue from; rank 0 says in words what that was."""
+        notes: list[str] = []
+        weights: Path | None = None
+        folder, step = self.folder, None
+        with self.context.together():
+            if self.context.is_main:
+                folder, step, weights = self._find_start(resume, notes)
+        (folder, step, weights), *_ = self.context.gather_objects((folder, step, weights))
+        with self.context.together():
+            if step is not None:
+                self._load_checkpoint(folder, step)
+            elif weights is not None:
+                for model in (self.model, self.ema.shadow):
+                    checkpoint.load_weights(model, weights)
+        return notes
 
-    def _resume(self, resume: str | None) -> str:
-        """Load what there is to continue from; says in words what that was."""
-        own = checkpoint.resumable_steps(self.folder)
+    def _find_start(
+        self, resume: str | None, notes: list[str]
+    ) -> tuple[Path, int | None, Path | None]:
+        """Folder and step of the checkpoint to go on from, or weights to start with, or neither."""
+        own = self.store.steps()
         if own:
             self._require_same_run()
-        path = checkpoint.newest_weights(Path(resume)) if resume is not None else None
-        if path is not None and not path.is_file():
-            raise UserError(f"checkpoint {path} does not exist")
-        if path is not None and (not own or path.parent.resolve() == self.folder.resolve()):
-            if checkpoint.state_path(path.parent, checkpoint.step_of(path)).is_file():
-                return self._load(path.parent, checkpoint.step_of(path))
-            for model in (self.model, self.ema.shadow):
-                checkpoint.load_weights(model, path)
-            return f"starting from the weights of {path} (no training state beside it)"
-        problems: list[str] = []
-        if path is not None:
-            problems.append(f"{self.folder} has checkpoints of its own, {path} is left alone;")
-        for step in own:
-            try:
-                return " ".join([*problems, self._load(self.folder, step)])
-            except UserError as error:
-                problems.append(f"passing over the checkpoint of step {step}: {error};")
-        if own:
-            raise UserError(f"no checkpoint in {self.folder} can be resumed: {' '.join(problems)}")
-        return "starting from new weights"
+        if resume is not None:
+            path = checkpoint.newest_weights(Path(resume))
+            if not path.is_file():
+                raise UserError(f"checkpoint {path} does not exist")
+            folder, step = path.parent, checkpoint.step_of(path)
+            if own and folder.resolve() != self.folder.resolve():
+                notes.append(f"{self.folder} has checkpoints of its own, {path} is left alone")
+            elif checkpoint.state_path(folder, step).is_file():
+                notes.append(f"resuming from step {step} in {folder}")
+                return folder, step, None
+            else:
+                notes.append(f"starting from the weights of {path} (no training state beside it)")
+                return folder, None, path
+        newest, passed_over = self.store.newest_whole()
+        notes += passed_over
+        if newest is None:
+            notes.append("starting from new weights")
+        else:
+            notes.append(f"resuming from step {newest} in {self.folder}")
+        return self.folder, newest, None
 
     def _require_same_run(self) -> None:
         """Refuse to go on with a run of another model, seed or data, as config.json tells."""
@@ -339,11 +554,16 @@ class Trainer:
                 "use the same flags and data, or another --workdir (--resume this one to go on)"
             )
 
-    def _load(self, folder: Path, step: int) -> str:
+    def _load_checkpoint(self, folder: Path, step: int) -> None:
         averaged = sorted(folder.glob(f"ema_*_{step:06d}.pt"))
         if not averaged:
             raise UserError(f"{folder} has no ema_*_{step:06d}.pt")
         state = checkpoint.load_file(checkpoint.state_path(folder, step))
+        if "ranks" not in state:
+            raise UserError(
+                f"{checkpoint.state_path(folder, step)} is of an earlier version of this package; "
+                f"--resume {averaged[0]} from another --workdir starts with its weights"
+            )
         checkpoint.load_weights(self.model, checkpoint.model_path(folder, step))
         checkpoint.load_weights(self.ema.shadow, averaged[0])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -351,20 +571,23 @@ class Trainer:
             group["lr"] = self.config.lr
         if state["scaler"] and self.scaler.is_enabled():  # precision may change on the way
             self.scaler.load_state_dict(state["scaler"])
+        self.guard.load(state["guard"])
         self.step, self.position = state["step"], state["position"]
-        self.replaced = state["replaced"] if self.context.is_main else 0
-        return f"resuming from step {step} in {folder}"
+        self._load_rank(state["ranks"])
 
-    def _open_folder(self) -> None:
-        """Make the run's folder and write its config.json."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {self.folder}: {error.strerror}") from error
-        files.require_space(self.folder, self._checkpoint_bytes())
-        files.write_text(self.folder / "config.json", json.dumps(self.describe, indent=2) + "\n")
+    def _load_rank(self, ranks: list[dict[str, Any]]) -> None:
+        """Take over this rank's part of the log's sums; with another world size rank 0 has all."""
+        if len(ranks) == self.context.world_size:
+            ranks = [ranks[self.context.rank]]
+        elif not self.context.is_main:
+            return
+        self.replaced = sum(rank["replaced"] for rank in ranks)
+        for rank in ranks:
+            part = Sums(self.model.config.latent_dim, self.device)
+            part.load(rank["sums"])
+            self.sums.add(part)
 
-    def _introduce(self, resumed: str) -> None:
+    def _introduce(self, notes: list[str]) -> None:
         config, data = self.config, self.dataset
         parameters = sum(p.numel() for p in self.model.parameters())
         lines = [
@@ -377,8 +600,9 @@ class Trainer:
             f"batch   {self.global_batch} images a step = {config.batch_size} × "
             f"{self.context.world_size} process(es) on {self.device.type}, "
             f"micro-batch {min(config.microbatch, config.batch_size)}, {config.precision}",
-            f"steps   {config.max_steps}, a checkpoint every {config.save_interval}",
-            resumed,
+            f"steps   {config.max_steps}, a checkpoint every {config.save_interval}, "
+            f"{self._kept()}",
+            *notes,
         ]
         for line in [*lines, *data.notes]:
             self.log.say(line)
@@ -386,52 +610,11 @@ class Trainer:
             self.log.say(f"step {self.step} of {config.max_steps}: done (raise --max_steps)")
         sys.stdout.flush()
 
-
-class Sums:
-    """Running sums over one log interval, kept on the device so that no step waits for them."""
-
-    def __init__(self, latent_dim: int, device: torch.device) -> None:
-        # float64 where there is one (MPS has none): z's variance is a difference of sums.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        zeros: Any = lambda n: torch.zeros(n, dtype=dtype, device=device)  # noqa: E731
-        self.terms = zeros(4)  # loss, xs_mse, ‖z‖, count of images
-        self.z, self.z_squared = zeros(latent_dim), zeros(latent_dim)
-        self.gradients = zeros(3)  # ‖g‖, ‖g of the encoder‖, count of finite steps
-
-    @torch.no_grad()
-    def add_terms(self, terms: dict[str, Tensor]) -> None:
-        """Add the terms of one micro-batch."""
-        z = terms["z"].to(self.z.dtype)
-        values = [terms["loss"].sum(), terms["xs_mse"].sum(), z.norm(dim=1).sum()]
-        count = torch.full((), float(len(z)), device=z.device)
-        self.terms += torch.stack([v.detach().to(self.z.dtype) for v in [*values, count]])
-        self.z += z.sum(0)
-        self.z_squared += z.square().sum(0)
-
-    @torch.no_grad()
-    def add_gradients(self, model: DBAE) -> None:
-        """Add the norms of this step's gradients (an fp16 overflow is left out)."""
-        norms = torch.stack([_norm(model.parameters()), _norm(model.encoder.parameters())])
-        row = torch.cat([norms, torch.ones_like(norms[:1])]).to(self.gradients.dtype)
-        self.gradients += torch.where(torch.isfinite(norms[0]), row, torch.zeros_like(row))
-
-    def row(self, context: Context) -> dict[str, float]:
-        """Means over the interval and all ranks."""
-        sums = torch.cat([self.terms, self.z, self.z_squared])
-        sums = context.all_reduce_sum(sums)
-        loss, xs_mse, z_norm, count = sums[:4].tolist()
-        mean, mean_square = (sums[4:] / count).chunk(2)
-        std = (mean_square - mean.square()).clamp(min=0).sqrt()
-        grad, grad_encoder, finite = self.gradients.tolist()
-        return {
-            "loss": loss / count,
-            "xs_mse": xs_mse / count,
-            "grad_norm": grad / max(finite, 1),
-            "grad_norm_encoder": grad_encoder / max(finite, 1),
-            "z_norm": z_norm / count,
-            "z_std": float(std.mean()),
-            "z_dead": float((std < DEAD_STD).double().mean()),
-        }
+    def _kept(self) -> str:
+        last, every = self.config.keep_last, self.config.keep_every
+        if not last:
+            return "all are kept"
+        return f"the newest {last} are kept" + (f" and every {every}th step's" if every else "")
 
 
 def _norm(parameters: Iterable[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dbae import cli
 from dbae.evaluation import command, interpolation, pictures
 from dbae.evaluation.interpolation import InterpolationConfig
-from dbae.evaluation.protocol import make_folder
+from dbae.files import make_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

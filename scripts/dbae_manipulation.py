@@ -12,7 +12,7 @@ from dbae import cli
 from dbae.evaluation import command, manipulation, pictures
 from dbae.evaluation.classifier import find_classifier, load_classifier
 from dbae.evaluation.manipulation import ManipulationConfig
-from dbae.evaluation.protocol import make_folder
+from dbae.files import make_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dbae.training import Trainer
 
     command = shlex.join(sys.argv if argv is None else ["dbae_train.py", *argv])
-    with join(flags.device) as context:
+    with join(flags.device, config.timeout_s) as context:
         Trainer(model_config, config, context, flags.resume, command).run()
 
 

@@ -15,7 +15,13 @@
 # Environment:
 #   LAUNCHER=torchrun|mpiexec|none  choose instead (none: one process)
 #   NPROC=n                         n CPU processes, GPUs unused (to try several processes)
+#   MAX_RESTARTS=n                  restart all processes, up to n times, where one is killed, fails
+#                                   or hangs; with torchrun. Exit codes 2 (a user's mistake), 130
+#                                   and 143 (stopped on request) restart nothing.
 #   DRY_RUN=1                       print the command instead of running it
+# SIGTERM or SIGUSR1 to the launcher reaches all processes: training saves and ends with exit code
+# 143. Under torchrun it has TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds for that (300; with an older
+# torch, which does not read this variable, 30). scripts/train.sbatch is an example for SLURM.
 
 # shellcheck source=args.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/../args.sh"
@@ -275,7 +281,7 @@ mpi4py_works() {
     "$PYTHON" -c 'import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI' >/dev/null 2>&1
 }
 
-# Sets COMMAND: mpiexec and its options.
+# Sets COMMAND: mpiexec and its options; and IS_OPEN_MPI.
 mpiexec_command() {
     COMMAND=("$MPIEXEC" -n "$PROCESSES")
     local version
@@ -285,6 +291,7 @@ mpiexec_command() {
             # It would pin each process, data-loading workers included, to one core, and counts
             # cores where we count GPUs.
             COMMAND+=(--bind-to none --oversubscribe)
+            IS_OPEN_MPI=true
             if ((EUID == 0)); then COMMAND+=(--allow-run-as-root); fi
             ;;
     esac
@@ -294,6 +301,7 @@ mpiexec_command() {
 # Sets COMMAND: torchrun for this machine, or for this one of several.
 torchrun_command() {
     COMMAND=("$PYTHON" "$REPO/scripts/torchrun.py" --nproc_per_node "$PROCESSES")
+    if [[ -n "${MAX_RESTARTS:-}" ]]; then COMMAND+=(--max_restarts "$MAX_RESTARTS"); fi
     if ((NNODES == 1)); then
         COMMAND+=(--standalone)
         return
@@ -309,8 +317,17 @@ torchrun_command() {
 
 # Sets COMMAND to what goes before the Python entry.
 choose_command() {
+    IS_OPEN_MPI=false
     [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || die "NNODES is '$NNODES'; it must be an integer of at least 1"
     COMMAND=("$PYTHON")
+    if [[ -n "${MAX_RESTARTS:-}" ]]; then
+        [[ "$MAX_RESTARTS" =~ ^(0|[1-9][0-9]*)$ ]] ||
+            die "MAX_RESTARTS is '$MAX_RESTARTS'; it must be an integer"
+        if [[ "${LAUNCHER:-torchrun}" != torchrun ]] || inside_launcher; then
+            die "MAX_RESTARTS=$MAX_RESTARTS works with LAUNCHER=torchrun only, outside of mpiexec and srun"
+        fi
+        LAUNCHER=torchrun
+    fi
     if [[ -z "${LAUNCHER:-}" ]] && inside_launcher; then return; fi
     count_processes
     if ((PROCESSES > 1)) && [[ -z "${OMP_NUM_THREADS:-}" ]]; then
@@ -344,6 +361,21 @@ require_python() {
         die "$PYTHON has no torch; run 'bash $REPO/scripts/setup_env.sh', or set PYTHON"
 }
 
+# Run COMMAND and exit as it does. Open MPI kills its processes one second after a SIGTERM, but
+# SIGUSR1, which asks training for the same, it only passes on.
+run_under_open_mpi() {
+    local child code signalled=true
+    set -m # a process group of its own, which signals to ours do not reach
+    "${COMMAND[@]}" </dev/null &
+    child=$!
+    trap 'signalled=true; kill -USR1 "$child" 2>/dev/null || true' TERM INT HUP USR1
+    while "$signalled"; do
+        signalled=false code=0
+        wait "$child" || code=$?
+    done
+    exit "$code"
+}
+
 # launch ENTRY ARGUMENT…: see above. ENTRY is relative to the repository.
 launch() {
     local entry="$REPO/$1"
@@ -357,5 +389,6 @@ launch() {
         return
     fi
     export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+    if "$IS_OPEN_MPI"; then run_under_open_mpi; fi
     exec "${COMMAND[@]}"
 }

@@ -82,6 +82,10 @@ esac
 check_venv
 if installed "$MODE"; then exit; fi
 install "${packages[@]}"
+# Tests run MPICH too. It stays apart, since its programs have the same names as Open MPI's.
+if [[ "$MODE" == dev ]]; then
+    install --ignore-installed --prefix "$VENV/mpich" 'mpich>=4.3; sys_platform == "linux"'
+fi
 wanted >"$VENV/.dbae-run"
 if [[ "$MODE" == dev ]]; then wanted >"$VENV/.dbae-dev"; fi
 echo "Installed. The launchers use $VENV by themselves; for your own: source $VENV/bin/activate" >&2

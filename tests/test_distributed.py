@@ -5,26 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from group_processes import LAUNCHER_PREFIXES, clean_environment, free_port, mpich
 
 from dbae import distributed
-from dbae.distributed import Context, join
+from dbae.distributed import Context, LostContact, join
 from dbae.errors import UserError
-
-REPO = Path(__file__).resolve().parents[1]
-LAUNCHER_PREFIXES = (
-    "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI", "MPI_", "SLURM_", "OMP_NUM_THREADS"
-)  # fmt: skip
 
 # One rank: does what MODE says, then writes what it saw to OUT/rank.json, whatever happened.
 CHILD = """
@@ -57,12 +56,6 @@ finally:
 """
 
 
-def clean_environment() -> dict[str, str]:
-    """Ours without what a launcher (of the tests themselves, say) would have set."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
-    return kept | {"PYTHONPATH": str(REPO)}
-
-
 @pytest.fixture
 def single(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in list(os.environ):
@@ -78,10 +71,12 @@ def child(tmp_path: Path) -> Path:
     return path
 
 
-def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, env=clean_environment(), capture_output=True, text=True, timeout=120
-    )
+def run(
+    command: list[str | Path], env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    whole = clean_environment() | (env or {})
+    command = [shutil.which(command[0], path=whole["PATH"]) or command[0], *command[1:]]
+    return subprocess.run(command, env=whole, capture_output=True, text=True, timeout=120)
 
 
 def seen_by(child: Path, rank: int) -> dict[str, Any]:
@@ -173,8 +168,11 @@ def mpiexec() -> list[str]:
     return [program, "-n", "2", *(["--oversubscribe"] if is_open_mpi else []), *as_root]
 
 
-def test_mpiexec_with_the_exit_code_of_its_ranks(child: Path) -> None:
-    done = run([*mpiexec(), sys.executable, child, child.parent, "exit"])
+@pytest.mark.parametrize("library", ["any", "MPICH"])
+def test_mpiexec_with_the_exit_code_of_its_ranks(child: Path, library: str) -> None:
+    env = mpich() if library == "MPICH" else {}
+    start = ["mpiexec", "-n", "2"] if library == "MPICH" else mpiexec()
+    done = run([*start, sys.executable, child, child.parent, "exit"], env)
     assert done.returncode == 143, done.stderr
     for rank in (0, 1):
         check_rank(child, rank, "mpi")
@@ -330,3 +328,36 @@ def test_a_rank_0_that_does_not_answer_is_a_clear_error(single: pytest.MonkeyPat
     ):
         pass
     assert not dist.is_initialized()
+
+
+def test_a_rank_that_never_starts_is_a_clear_error(single: pytest.MonkeyPatch) -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**env, "MASTER_PORT": str(free_port())}.items():
+        single.setenv(name, value)
+    with pytest.raises(UserError) as caught, join("cpu", timeout_s=2):
+        pass
+    assert re.match(
+        r"rank 0 of 2 \(torchrun\) could not join the others within 2 s; are all started",
+        str(caught.value),
+    )
+    assert "\n" not in str(caught.value)
+    assert not dist.is_initialized()
+
+
+def test_a_group_that_cannot_be_destroyed_holds_nobody_up(single: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    rescue = threading.Timer(20, never.set)
+    rescue.start()
+    single.setattr(distributed, "_LEAVE_S", 0.1)
+    single.setattr(dist, "init_process_group", lambda *_, **__: None)
+    single.setattr(distributed, "_rendezvous", lambda *_: None)
+    single.setattr(dist, "group", SimpleNamespace(WORLD=SimpleNamespace(abort=never.wait)))
+    single.setattr(dist, "destroy_process_group", never.wait)
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in env.items():
+        single.setenv(name, value)
+    with pytest.raises(LostContact), join("cpu"):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer")
+    assert not never.is_set()
+    rescue.cancel()
+    never.set()

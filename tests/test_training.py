@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -17,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from training_runs import ROOT, RUN, SMALL, TRAIN, assert_same_run, progress, tensors, train
 
 from dbae import create_model, load_model
 from dbae.cli import add_flags, parser
@@ -27,66 +27,12 @@ from dbae.presets import ModelConfig, TrainConfig
 from dbae.random import fold, normal, uniform
 from dbae.training import Trainer
 
-ROOT = Path(__file__).parents[1]
-TRAIN = [sys.executable, str(ROOT / "scripts" / "dbae_train.py")]
-# A model that takes a few milliseconds a step.
-SMALL = [
-    "--attention_resolutions=", "--endpoint_channels=4", "--latent_dim=6", "--dropout=0.1",
-    "--stochastic=true", "--flip=true", "--batch_size=4", "--microbatch=2", "--log_interval=1",
-    "--sample_interval=0", "--device=cpu",
-]  # fmt: skip
-RUN = "demo32_32_6d_true_vp"
-TIMED_COLUMNS = ("images_per_s", "seconds")
-
-
-def train(
-    workdir: Path, *flags: str, check: bool = True, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*TRAIN, *SMALL, f"--workdir={workdir}", *flags],
-        capture_output=True, text=True, env={**os.environ, **(env or {})},
-    )  # fmt: skip
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-def progress(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "progress.csv", newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k not in TIMED_COLUMNS} for row in csv.DictReader(file)
-        ]
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint file, by their path within it."""
-    found = {}
-
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{name}/{key}", item)
-
-    walk("", torch.load(path, weights_only=True))
-    assert found
-    return found
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("whole")
     train(workdir, "--max_steps=6", "--save_interval=3")
     return workdir / RUN
-
-
-def assert_same_run(found: Path, expected: Path, step: int) -> None:
-    for name in (f"model_{step:06d}.pt", f"ema_0.9999_{step:06d}.pt", f"state_{step:06d}.pt"):
-        ours, theirs = tensors(found / name), tensors(expected / name)
-        assert ours.keys() == theirs.keys()
-        different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
-        assert not different, f"{name}: {different[:3]}"
-    assert progress(found) == progress(expected)
 
 
 def test_a_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
@@ -106,20 +52,6 @@ def test_a_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     done = train(tmp_path, "--max_steps=6", "--save_interval=3")
     assert f"resuming from step 3 in {folder}" in done.stdout
     assert_same_run(folder, uninterrupted, 6)
-
-
-def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(
-    uninterrupted: Path, tmp_path: Path
-) -> None:
-    import shutil
-
-    shutil.copytree(uninterrupted, tmp_path / RUN)
-    newest = tmp_path / RUN / "model_000006.pt"
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    done = train(tmp_path, "--max_steps=6", "--save_interval=3")
-    assert f"passing over the checkpoint of step 6: {newest}" in done.stdout
-    assert "resuming from step 3" in done.stdout
-    assert_same_run(tmp_path / RUN, uninterrupted, 6)
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(uninterrupted: Path) -> None:
@@ -360,8 +292,9 @@ def test_the_list_of_flags_is_deliberate() -> None:
 
     assert names(train_flags) == [
         "dataset", "data_dir", "split", "bad_images", "workdir", "batch_size", "microbatch", "lr",
-        "ema_rate", "max_steps", "time_sampling", "flip", "precision", "seed", "save_interval",
-        "sample_interval", "log_interval", "num_workers", "logger",
+        "ema_rate", "max_steps", "time_sampling", "flip", "precision", "seed", "max_bad_steps",
+        "max_spike", "max_minutes", "timeout_s", "save_interval", "keep_last", "keep_every",
+        "async_save", "sample_interval", "log_interval", "num_workers", "logger",
     ]  # fmt: skip
     assert names(model_flags) == [
         "image_size", "num_channels", "latent_dim", "endpoint_channels", "stochastic",

@@ -391,7 +391,8 @@ def _hashed_splits(source: Source) -> dict[str, np.ndarray]:
     chosen: dict[str, list[int]] = {name: [] for name, _ in _SHARES}
     groups = identity_groups(source)
     # A zip's single root folder is no part of the names: folder and zip are divided alike.
-    root = os.path.commonpath(groups) if len(groups) > 1 else ""
+    # (People's names are free text, and commonpath wants either all or none to begin with "/".)
+    root = os.path.commonpath([f"/{group}" for group in groups])[1:] if len(groups) > 1 else ""
     for i, group in enumerate(groups):
         group = group.removeprefix(f"{root}/") if root else group
         digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
@@ -411,7 +412,8 @@ def user_error_from_worker(error: BaseException) -> UserError | None:
     """
     if not isinstance(error, UserError):
         return None
-    if not _WORKER_ERROR.match(str(error)):
+    text = str(error.args[0])
+    if not _WORKER_ERROR.match(text):
         return error
-    last = str(error).rstrip().splitlines()[-1]
+    last = text.rstrip().splitlines()[-1]
     return type(error)(last.partition(": ")[2])

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..errors import UserError
 
+# What Pillow may take bytes for. Others of its formats start programs (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 FITS = ("stretch", "center", "enlarge")
 _ENLARGED = 1.1  # sides before the cut of fit "enlarge", relative to those after
 _PADDING = 2  # pixels between and around the images of a grid
@@ -24,28 +26,30 @@ class BadImage(UserError):
 
 
 def bad_image(name: str, reason: object) -> BadImage:
-    """The `BadImage` for image `name`, on one line whatever name and reason hold."""
-    return BadImage(" ".join(f"image {name}: {reason}".splitlines()))
+    """The `BadImage` for image `name`."""
+    return BadImage(f"image {name}: {reason}")
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The encoded image `data` (any format and mode that Pillow reads) → RGB, 8 bits a channel.
+    """The encoded image `data` (one of `FORMATS`, any mode) → RGB, 8 bits a channel.
 
-    The EXIF orientation is applied, transparency is laid on white, 16-bit and 32-bit grey is
-    divided by 257, floating-point grey is scaled from [0, 1], [0, 255] or [0, 65535], whichever
-    its maximum fits. Raises BadImage, naming `name`, for what is empty, truncated, not an image,
-    or so large that it must be a decompression bomb.
+    Of several frames the first is taken. The EXIF orientation is applied, transparency is laid on
+    white, 16-bit and 32-bit grey is divided by 257, floating-point grey is scaled from [0, 1],
+    [0, 255] or [0, 65535], whichever its maximum fits. Raises BadImage, naming `name`, for what is
+    empty, truncated, not an image, or so large (above 179 million pixels, by its header) that it
+    must be a decompression bomb.
     """
     if not data:
         raise bad_image(name, "the file is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise bad_image(name, "not an image in a format that Pillow reads") from None
+        raise bad_image(name, f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, …
-        raise bad_image(name, f"cannot be decoded ({error or type(error).__name__})") from error
+        reason = str(error) or type(error).__name__
+        raise bad_image(name, f"cannot be decoded ({reason})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -23,7 +23,7 @@ from ..errors import UserError
 from . import demo
 from .datasets import DemoImages, FileImages, ImageDataset, LfwImages
 from .lfw import INNER_FOLDER, LfwSource, image_name
-from .sources import EXTENSIONS, LmdbSource, Source, read_text
+from .sources import EXTENSIONS, LmdbSource, Source, parse_count, read_text
 
 LABEL_FILES = ("list_attr_celeba.txt", "CelebAMask-HQ-attribute-anno.txt", "list_attr.txt")
 LFW_LABELS = "lfw_attributes.txt"
@@ -182,7 +182,7 @@ def _file_labels(
             raise UserError(
                 f"{found.path} has no row for image {dataset.image_name(missing[0])}, and for "
                 f"{len(missing)} of {len(dataset)} images in all; expected rows that begin with "
-                f"the images' names (its first is for {table.images[0]!r})"
+                f"the images' names (its first is for {table.images[0][:60]!r})"
             )
     return Labels(table.names, values[rows], np.arange(len(rows)), found.name)
 
@@ -194,7 +194,7 @@ def _as_binary(table: _Table, path: str) -> np.ndarray:
     if len(other):
         row, column = other[0]
         raise UserError(
-            f"{path}: attribute {table.names[column]} of {table.images[row]!r} is "
+            f"{path}: attribute {table.names[column]} of {table.images[row][:60]!r} is "
             f"{table.values[row, column]:g}; expected −1 or 1, or 0 or 1"
         )
     both = np.flatnonzero(no.any(axis=0) & zero.any(axis=0))
@@ -308,7 +308,8 @@ def _celeba_table(file: _File) -> _Table:
     """A file of CelebA's form; UserError with the line where it is not."""
     lines = _lines(file.text)
     _, promised = next(lines, (1, ""))
-    if not promised.isdecimal():
+    count = parse_count(promised)
+    if count is None:
         raise UserError(
             f"{file.path} line 1: found {promised[:60]!r}, expected the number of rows ({_FORM})"
         )
@@ -317,7 +318,7 @@ def _celeba_table(file: _File) -> _Table:
     width = len(names)
     rows = (_Row(line, *_celeba_row(text, width)) for line, text in lines)
     table = _table(file, names, rows, _FORM)
-    if len(table.images) != int(promised):
+    if len(table.images) != count:
         raise UserError(
             f"{file.path} line 1 promises {promised} rows, but {len(table.images)} follow the "
             "attributes' names; copy or download the file again, or correct the number"
@@ -356,13 +357,15 @@ def _table(file: _File, names: tuple[str, ...], rows: Iterable[_Row], form: str)
             )
         if image in line_of:
             raise UserError(
-                f"{file.path} line {line}: {image!r} has a row already, in line {line_of[image]}"
+                f"{file.path} line {line}: {image[:60]!r} has a row already, in line "
+                f"{line_of[image]}"
             )
         line_of[image] = line
         try:
             numbers.extend(map(number, values))
         except ValueError as error:  # which says: could not convert string to float: 'x'
-            raise UserError(f"{file.path} line {line}: {error}; expected numbers") from None
+            reason = str(error)[:100]
+            raise UserError(f"{file.path} line {line}: {reason}; expected numbers") from None
     table = np.array(numbers, dtype=np.float32).reshape(-1, len(names))
     bad = np.argwhere(~np.isfinite(table))
     if len(bad):
@@ -386,7 +389,8 @@ def _lfw_labels(dataset: ImageDataset, source: LfwSource, file: str | None) -> L
     if len(positions) == 0:
         raise UserError(
             f"none of the {len(table.images)} rows of {found.path} belongs to one of the "
-            f"{len(dataset)} images of split {dataset.split} (its first is for {table.images[0]})"
+            f"{len(dataset)} images of split {dataset.split} (its first is for "
+            f"{table.images[0][:60]})"
         )
     return Labels(table.names, table.values[rows[positions]], positions, found.name)
 
@@ -421,8 +425,9 @@ def _lfw_table(file: _File) -> _Table:
 
 def _lfw_row(file: _File, line: int, text: str) -> _Row:
     person, *words = text.split("\t")
-    if not words or not words[0].strip().isdecimal():
+    number = parse_count(words[0].strip()) if words else None
+    if number is None:
         raise UserError(
             f"{file.path} line {line}: found {text[:60]!r}, expected `Name<TAB>number<TAB>values`"
         )
-    return _Row(line, image_name(person.strip().replace(" ", "_"), int(words[0])), words[1:])
+    return _Row(line, image_name(person.strip().replace(" ", "_"), number), words[1:])

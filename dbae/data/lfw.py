@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 
 from ..errors import UserError
-from .sources import FolderSource, read_text
+from .sources import FolderSource, parse_count, read_text
 
 IMAGES = "lfw_funneled"
 PEOPLE_FILES = {"train": "peopleDevTrain.txt", "test": "peopleDevTest.txt"}
+_MOST_IMAGES = 1_000_000  # in a list (LFW has 13,233): names of more would fill the memory
 INNER_FOLDER = "lfw-py"  # torchvision's own name for the folder that holds it all
 LAYOUT = (
     f"{IMAGES}/NAME/NAME_0001.jpg, {' and '.join(PEOPLE_FILES.values())} in that folder or "
@@ -77,19 +78,28 @@ def _find(path: str) -> Path:
 
 
 def _read_people(file: Path) -> dict[str, int]:
-    """A list of people: line 1 how many, then `Name<TAB>number of images` → name: number."""
+    """A list of people: line 1 how many, then `Name<TAB>number of images` → name: number.
+
+    The names are those of folders, and lead nowhere else.
+    """
     text = (read_text(file) or "").splitlines()
     lines = [(at, line.split()) for at, line in enumerate(text, start=1) if line.strip()]
     people: dict[str, int] = {}
     for at, words in lines[1:]:
-        if len(words) != 2 or not words[1].isdecimal() or int(words[1]) < 1:
+        count = parse_count(words[1]) if len(words) == 2 else None
+        if not count or "/" in words[0] or words[0] == "..":
             raise UserError(
                 f"{file} line {at}: found {' '.join(words)[:60]!r}, expected a name and the number "
                 "of images"
             )
         if words[0] in people:
             raise UserError(f"{file} line {at}: {words[0]} is in the list already")
-        people[words[0]] = int(words[1])
+        people[words[0]] = count
+    if sum(people.values()) > _MOST_IMAGES:
+        raise UserError(
+            f"{file} promises {sum(people.values())} images, expected at most {_MOST_IMAGES}; take "
+            "LFW's own list"
+        )
     promised = " ".join(lines[0][1])[:60] if lines else "nothing"
     if not people or promised != str(len(people)):
         raise UserError(

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..cli import option
 from ..errors import UserError
+from .datasets import user_error_from_worker
 from .images import FITS, BadImage, decode, fit_square
-from .sources import IDENTITY_FILE, KeyForm, Source, identity_groups, open_source
+from .sources import IDENTITY_FILE, KeyForm, Source, identity_groups, open_source, require_sound
 
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _PROGRESS_KEY = b"make_lmdb"
@@ -87,8 +88,8 @@ def write_lmdb(
     `on_progress(done, total)` is called at the start and after each chunk. Where the source names
     people (`identity.txt`), the same file with keys in place of names is laid beside the
     database. Raises UserError: nothing readable at the source, a finished or foreign database at
-    `out`, other settings than the interrupted run had, a full disk; BadImage for an unreadable
-    image unless they are to be skipped.
+    `out`, other settings than the interrupted run had, a full disk, a worker that was killed;
+    BadImage for an unreadable image unless they are to be skipped.
     """
     if os.path.realpath(source_path) == os.path.realpath(out):
         raise UserError(f"{out} is the source itself; choose another folder for the LMDB")
@@ -98,18 +99,35 @@ def write_lmdb(
         writer = _Writer(out, environment, _recipe(source, config, form))
         start = writer.state["done"]
         on_progress(start, len(source))
-        for records, bad in _encoded(source, config, start):
-            if bad and config.bad_images == "error":
-                reason = next(iter(bad.values()))
-                raise BadImage(f"{reason} (--bad_images skip leaves such images out)")
-            writer.append(form, records, list(bad))
-            on_progress(writer.state["done"], len(source))
+        try:
+            for records, bad in _encoded(source, config, start):
+                if bad and config.bad_images == "error":
+                    reason = next(iter(bad.values()))
+                    raise BadImage(f"{reason} (--bad_images skip leaves such images out)")
+                writer.append(form, records, list(bad))
+                on_progress(writer.state["done"], len(source))
+        except (RuntimeError, UserError) as error:
+            # torch tells of a worker's end by a signal, so that it may be raised anywhere above.
+            mistake = user_error_from_worker(error) or _worker_lost(error, out)
+            if mistake is None:
+                raise
+            raise mistake from error
         skipped = writer.state["skipped"]
         count = len(source) - len(skipped)
         writer.verify(form, count, config.size)
         _write_identities(source, form, set(skipped), out)
         writer.finish(count)
     return Written(form, count, start, [source.name(i) for i in skipped])
+
+
+def _worker_lost(error: Exception, out: str) -> UserError | None:
+    """The UserError that the loss of an encoding process amounts to, if `error` tells of one."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return UserError(
+        f"an encoding process was lost ({' '.join(str(error).split())}; out of memory?); run the "
+        f"same command again, it continues in {out}, perhaps with fewer --workers"
+    )
 
 
 def _key_form(config: LmdbConfig, count: int) -> KeyForm:
@@ -185,6 +203,8 @@ def _encoded(
 def _open(out: str) -> lmdb.Environment:
     try:
         os.makedirs(out, exist_ok=True)
+        if os.path.exists(os.path.join(out, "data.mdb")):
+            require_sound(os.path.join(out, "data.mdb"))
         return lmdb.open(out, map_size=_FIRST_MAP)
     except OSError as error:
         raise UserError(f"cannot make the folder {out} ({error.strerror})") from error
@@ -223,8 +243,14 @@ class _Writer:
             raise UserError(f"{out} holds another database; choose another folder")
         self.state: dict[str, Any] = {"recipe": recipe, "done": 0, "skipped": []}
         if stored is not None:
-            self.state = json.loads(bytes(stored))
-            differing = [name for name in recipe if self.state["recipe"].get(name) != recipe[name]]
+            try:
+                self.state.update(json.loads(bytes(stored)))
+                begun = dict(self.state["recipe"])
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{out} does not say how far it got; remove it to begin anew"
+                ) from error
+            differing = [name for name in recipe if begun.get(name) != recipe[name]]
             if differing:
                 raise UserError(
                     f"{out} was begun with other {', '.join(differing)}; give the same source and "

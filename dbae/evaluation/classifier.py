@@ -106,14 +106,17 @@ def load_classifier(path: Path, latent_dim: int) -> AttributeClassifier:
             f"classifier {path} reads z of {weight.shape[1]} numbers, the model's z has "
             f"{latent_dim}; choose the one that was trained on this model"
         )
-    facts = dict(getattr(state, "_metadata", {}).get(_METADATA_KEY, {}))
-    names = facts.pop("attributes", None) or _default_names(len(weight))
-    std = facts.pop("score_std", None)
-    if len(names) != len(weight) or (std is not None and len(std) != len(weight)):
+    try:
+        facts = dict((getattr(state, "_metadata", None) or {}).get(_METADATA_KEY) or {})
+        names = list(facts.pop("attributes", None) or _default_names(len(weight)))
+        std = facts.pop("score_std", None)
+        score_std = None if std is None else torch.tensor(std, dtype=torch.float64)
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise UserError(f"classifier {path} is damaged: {error}") from error
+    if len(names) != len(weight) or (score_std is not None and score_std.shape != bias.shape):
         raise UserError(
             f"classifier {path} is damaged: it has {len(weight)} rows and {len(names)} names"
         )
-    score_std = None if std is None else torch.tensor(std, dtype=torch.float64)
     return AttributeClassifier(weight, bias, tuple(map(str, names)), score_std, facts)
 
 

@@ -3,12 +3,14 @@
 A cache is a folder `sample_{step}/latents/{data}_{split}` beside the checkpoint:
 `latents.npz` and `latents.safetensors` with the same arrays and provenance, `latents.json` with
 figures about z, and `neighbours.png`. It is used again as long as checkpoint, images and their
-preparation are the same, and made anew otherwise.
+preparation are the same, and made anew otherwise. While it is made, parts of z are kept in
+`unfinished`, so that the same command goes on from there after a kill.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -25,10 +27,13 @@ from ..distributed import Context
 from ..encoder import DEAD_STD, reparameterise
 from ..errors import UserError
 from ..files import atomic_file, write_text
+from ..lock import FolderLock
 from ..model import DBAE
 from ..random import fold
 from .progress import Progress
 from .protocol import enlarged, model_facts, results_folder, seen_in_training, versions, write_png
+from .results import UNFINISHED
+from .unfinished import Unfinished, complete
 
 if TYPE_CHECKING:
     from ..data import ImageDataset
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
 
 NPZ, SAFETENSORS, JSON = "latents.npz", "latents.safetensors", "latents.json"
 NEIGHBOURS = "neighbours.png"
+_FILES = re.compile(r"latents\.(npz|safetensors|json)|neighbours\.png")
+_PART_IMAGES = 1024  # that a kill may cost each rank: a part is kept when so many are encoded
 _QUERIES, _NEAREST = 6, 7  # rows and columns beside the query of neighbours.png
 _ARRAYS = ("mean", "log_sigma", "flipped_mean", "flipped_log_sigma")
 # What must agree for a cache to be used again.
@@ -130,20 +137,22 @@ def latents_of(
     """The latents of the first `count` images (0: all): from the cache, else encoded into it.
 
     A cache of the whole data set (split `all`) serves its parts too. Every rank must call this;
-    each encodes a part. `folder` is by default the data set's in `cache_folder`. `labels` are
-    stored beside the latents.
+    each encodes some batches. What a killed run has encoded, with all else the same, is kept.
+    `folder` is by default the data set's in `cache_folder`. `labels` are stored beside the latents.
 
     Returns:
         The latents on rank 0, None on the others.
 
     Raises:
-        UserError: an unreadable image, a model whose output is not finite, no space.
+        UserError: an unreadable image, a model whose output is not finite, no space, a cache that
+            another process is making.
     """
     folder = folder or cache_folder(checkpoint, dataset)
     count = min(count or len(dataset), len(dataset))
     facts = _provenance(model, dataset, checkpoint) if context.is_main else {}
     kept, reason = None, ""
     if context.is_main:
+        complete(folder / UNFINISHED, _FILES, NPZ)
         kept, reason = _from_cache(folder, facts, count, flip)
         if kept is None and labels is None:
             whole = _from_whole(dataset, facts, checkpoint, count, flip)
@@ -155,18 +164,30 @@ def latents_of(
         context.print(f"latents of {dataset.name}, {dataset.split}: {count} read from {folder}")
         digest = labels.digest() if labels else None
         if digest is not None and digest != kept.provenance.get("labels_sha256"):
-            _write(folder, kept, labels)
+            with FolderLock(folder):
+                _write(folder, kept, labels)
         return kept.rows(slice(count))
     if reason:
         context.print(f"latents in {folder} are {reason}: encoding again")
-    arrays = _encode_all(model, dataset, context, folder, count, flip, batch_size)
-    if arrays is None:
-        return None
-    index = torch.tensor([dataset.source_index(i) for i in range(count)])
-    facts |= {"n": count, "flipped": flip, "replaced": int(arrays.pop("replaced"))}
-    found = _latents(arrays, index, facts)
-    _write(folder, found, labels)
-    _write_figures(folder, found, dataset)
+    facts |= {"n": count, "flipped": flip}
+    identity = {
+        **facts,
+        "batch_size": batch_size,
+        "part_images": _PART_IMAGES,
+        "world_size": context.world_size,
+        "device": context.device.type,
+        "bad_images": dataset.bad_images,
+    }
+    with Unfinished(folder / UNFINISHED, identity, context, _FILES, NPZ) as work:
+        parts = _encode_parts(model, dataset, context, work, count, flip, batch_size)
+        if not context.is_main:
+            return None
+        arrays, replaced = _join(work, parts, count)
+        index = torch.tensor([dataset.source_index(i) for i in range(count)])
+        found = _latents(arrays, index, facts | {"replaced": replaced})
+        _write(work.folder, found, labels)
+        _write_figures(work.folder, found, dataset)
+        work.publish()
     return found
 
 
@@ -209,48 +230,69 @@ def read(folder: Path) -> Latents:
 # Encoding -----------------------------------------------------------------------------------
 
 
-def _encode_all(
+def _encode_parts(
     model: DBAE,
     dataset: ImageDataset,
     context: Context,
-    folder: Path,
+    work: Unfinished,
     count: int,
     flip: bool,
     batch_size: int,
-) -> dict[str, Any] | None:
-    """The arrays of the first `count` images, on rank 0; other ranks hand theirs over as files."""
+) -> dict[str, list[list[int]]]:
+    """Encode what is not done of the first `count` images; returns all ranks' parts, by name.
+
+    A part is some of a rank's batches, one after the other.
+    """
     batches = in_batches(range(count), batch_size)
-    mine = batches[context.rank :: context.world_size]
+    world = context.world_size
+    of_rank = [_parts(rank, batches[rank::world], batch_size) for rank in range(world)]
+    parts = {name: part for of_one in of_rank for name, part in of_one.items()}
+    mine = of_rank[context.rank]
+    done = work.done(list(mine), "parts")
+    todo = {name: part for name, part in mine.items() if name not in done}
+    left = [batch for name, part in parts.items() if name not in done for batch in part]
+    own = list(itertools.chain(*todo.values()))
     workers = default_workers(dataset, context.ranks_here())
-    images = load_batches(dataset, mine, workers, context.device.type == "cuda")
-    shown = Progress("encoded", len(mine), count, active=context.is_main)
-    parts: list[dict[str, Tensor]] = []
-    replaced = 0
-    for batch in images:
-        parts.append(_encode(model, batch.images, flip))
-        replaced += batch.replaced
-        if not all(array.isfinite().all() for array in parts[-1].values()):
-            raise UserError("z is not finite; the checkpoint's training must have diverged")
-        shown.batch_done()
+    images = load_batches(dataset, own, workers, context.device.type == "cuda")
+    shown = Progress("encoded", len(own), sum(map(len, left)), active=context.is_main)
+    for name, part in todo.items():
+        encoded: list[dict[str, Tensor]] = []
+        replaced = 0
+        for batch in itertools.islice(images, len(part)):
+            encoded.append(_encode(model, batch.images, flip))
+            replaced += batch.replaced
+            if not all(array.isfinite().all() for array in encoded[-1].values()):
+                raise UserError("z is not finite; the checkpoint's training must have diverged")
+            shown.batch_done()
+        arrays = {key: torch.cat([found[key] for found in encoded]) for key in encoded[0]}
+        work.keep(name, {"replaced": replaced, "arrays": arrays})
     shown.close()
-    folder.mkdir(parents=True, exist_ok=True)
-    part_files = [folder / f".part_{rank}.pt" for rank in range(context.world_size)]
-    if not context.is_main:
-        with atomic_file(part_files[context.rank]) as file:
-            torch.save(parts, file)
-    counts = context.gather_objects(replaced)  # and all parts are on the disk now
-    if not context.is_main:
-        return None
-    of_rank = [parts]
-    for path in part_files[1:]:
-        of_rank.append(torch.load(path, weights_only=True))
-        path.unlink()
-    in_order = [of_rank[i % len(of_rank)][i // len(of_rank)] for i in range(len(batches))]
-    names = in_order[0].keys()
-    return {
-        **{name: torch.cat([part[name] for part in in_order]) for name in names},
-        "replaced": sum(counts),
-    }
+    context.barrier()
+    return parts
+
+
+def _parts(rank: int, batches: list[list[int]], batch_size: int) -> dict[str, list[list[int]]]:
+    """A rank's batches as parts of `_PART_IMAGES` images, and what these are called."""
+    size = max(1, _PART_IMAGES // batch_size)
+    starts = range(0, len(batches), size)
+    return {f"part_{rank}_{i}": batches[at : at + size] for i, at in enumerate(starts)}
+
+
+def _join(
+    work: Unfinished, parts: dict[str, list[list[int]]], count: int
+) -> tuple[dict[str, Tensor], int]:
+    """The arrays of all parts in data-set order, and how many images were replaced."""
+    joined: dict[str, Tensor] = {}
+    replaced = 0
+    for name, part in parts.items():
+        content = work.read(name)
+        replaced += content["replaced"]
+        rows = list(itertools.chain(*part))
+        for key, values in content["arrays"].items():
+            if key not in joined:
+                joined[key] = torch.empty(count, values.shape[1])
+            joined[key][rows] = values
+    return joined, replaced
 
 
 def _provenance(model: DBAE, dataset: ImageDataset, checkpoint: Path) -> dict[str, Any]:

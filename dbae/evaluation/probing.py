@@ -21,7 +21,7 @@ from ..data import ImageDataset, open_dataset
 from ..data.labels import Labels
 from ..distributed import Context
 from ..errors import UserError
-from ..files import write_text
+from ..files import make_folder, write_text
 from ..model import DBAE
 from ..random import fold
 from . import features, published
@@ -32,7 +32,6 @@ from .probes import LinearProbe, PaperFit
 from .protocol import (
     is_ema,
     latent_used,
-    make_folder,
     model_facts,
     require_at_least,
     results_folder,
@@ -40,7 +39,7 @@ from .protocol import (
     text_table,
     versions,
 )
-from .results import write_metrics
+from .results import METRICS_FILE, write_metrics
 
 TABLE = "test.txt"
 # What a run may save: the paper's probe, and those that converged.
@@ -287,7 +286,8 @@ def run(
         "protocol": _protocol(model, config, parts, latents, facts),
     }
     table = _table(task, metrics, config)
-    for name in PROBE_FILES:  # of an earlier run, of which nothing else is left
+    # Of an earlier run nothing is left; its metrics.json is never found beside another's files.
+    for name in (METRICS_FILE, *PROBE_FILES):
         (folder / name).unlink(missing_ok=True)
     for name, probe in probes.items():
         _save(folder / name, probe, parts.names, z, facts)

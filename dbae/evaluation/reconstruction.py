@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..model import DBAE
 from ..sampling import Samples
 from . import results
 from .baselines import MeanImage, Pca, training_positions
-from .metrics import floor_uint8, load_lpips
+from .metrics import ALEXNET_SHA256, floor_uint8, load_lpips
 from .progress import Progress
 from .protocol import (
     SamplingConfig,
@@ -31,6 +32,7 @@ from .protocol import (
     seen_in_training,
     write_png,
 )
+from .unfinished import Unfinished
 
 if TYPE_CHECKING:
     from ..data import ImageDataset
@@ -149,7 +151,8 @@ def run(
     """Reconstruct the first images of a data set and score them. Every rank must call this.
 
     Batch b is done by rank b mod world_size. All ranks write to `output_dir`/unfinished, which
-    they must share; when all is there, rank 0 puts it in place of an earlier run's files.
+    they must share; when all is there, rank 0 puts it in place of an earlier run's files. What a
+    run that was killed has left there is kept, if all else is the same, and only the rest is done.
 
     Args:
         model: in eval mode, on `context.device`.
@@ -165,8 +168,8 @@ def run(
         The result on rank 0, None on the others.
 
     Raises:
-        UserError: no images, an unreadable one, output that cannot be written, or a model whose
-            output is not finite.
+        UserError: no images, an unreadable one, output that cannot be written or that another
+            process is writing, or a model whose output is not finite.
     """
     if len(dataset) == 0:
         raise UserError(f"data set {config.dataset}, split {config.split}, has no images")
@@ -179,59 +182,77 @@ def run(
         context.print(f"note: the model was trained on images of this split ({dataset.split}) too")
     lpips, reason = load_lpips(config.weights_dir, context.device)
     scorer = results.Scorer(lpips, reason, config.reference_compat)
-    unfinished = output_dir / results.UNFINISHED
-    fitted: dict[str, _Baseline] = {}
-    if context.is_main:
-        results.prepare(unfinished)
-        if train_dataset is not None:  # before the long work, as an unreadable image may end it
-            fitted = _fit_baselines(model.config.latent_dim, train_dataset, dataset, count)
-    context.barrier()
-
-    batches = in_batches(range(count), config.batch_size)
-    mine = range(context.rank, len(batches), context.world_size)
-    shown = Progress(
-        "reconstructed", len(mine), count, config.steps, active=progress and context.is_main
-    )
-    done = {}
-    for b in mine:
-        done[b] = _batch(b, batches[b], model, dataset, config, context, unfinished, scorer, shown)
-        shown.batch_done()
-    shown.close()
-    for of_rank in context.gather_objects(done):
-        done |= of_rank
-    if not context.is_main:
-        return None
-
-    in_order = [done[b] for b in range(len(batches))]
-    parts = [results.part_paths(unfinished, b % context.world_size, b) for b in range(len(batches))]
-    samples = results.merge(unfinished, [fake for _, fake in parts], done[0].nfe)
-    _write_comparison(unfinished / "comparison.png", in_order)
-    scores = results.concatenate(batch.scores for batch in in_order)
-    x_T_scores = results.concatenate(batch.x_T_scores for batch in in_order)
-    metrics = {
-        "kind": "reconstruction",
-        **scorer.row(scores),
-        "protocol": {
-            "dataset": described,
-            "seen_in_training": seen,
-            **_protocol(model, config, context, checkpoint),
-            "n": count,
-            "nfe": done[0].nfe,
-            "replaced": [name for batch in in_order for name in batch.replaced],
-            **scorer.protocol(),
-        },
-        "baselines": {
-            "x_T": scorer.baseline("x_T", x_T_scores, nfe=0, seed=config.seed),
-            **{name: baseline.row(parts, scorer) for name, baseline in fitted.items()},
-        },
-        "per_image": {
-            "index": [dataset.source_index(position) for position in range(count)],
-            "name": [dataset.image_name(position) for position in range(count)],
-            **scores,
-        },
+    protocol = {
+        "dataset": described,
+        "seen_in_training": seen,
+        **_protocol(model, config, context, checkpoint),
+        "n": count,
     }
-    results.write_metrics(unfinished, metrics)
-    results.publish(unfinished)
+    identity = {
+        **protocol,
+        "weights": None if checkpoint else _digest(model),
+        "bad_images": config.bad_images,
+        "lpips": ALEXNET_SHA256 if lpips else None,
+        **scorer.protocol(),
+    }
+    unfinished = output_dir / results.UNFINISHED
+    with Unfinished(unfinished, identity, context, results.FILES, results.METRICS_FILE) as work:
+        fitted: dict[str, _Baseline] = {}
+        with context.together():  # before the long work, as an unreadable image may end it
+            if train_dataset is not None and context.is_main:
+                fitted = _fit_baselines(model.config.latent_dim, train_dataset, dataset, count)
+        batches = in_batches(range(count), config.batch_size)
+        names = [f"batch_{b}" for b in range(len(batches))]
+        done = work.done(names[context.rank :: context.world_size], "batches")
+        todo = [b for b, name in enumerate(names) if name not in done]
+        mine = [b for b in todo if b % context.world_size == context.rank]
+        shown = Progress(
+            "reconstructed",
+            len(mine),
+            sum(len(batches[b]) for b in todo),
+            config.steps,
+            active=progress and context.is_main,
+        )
+        for b in mine:
+            batch, files = _batch(
+                b, batches[b], model, dataset, config, context, unfinished, scorer, shown
+            )
+            work.keep(names[b], vars(batch), files)
+            shown.batch_done()
+        shown.close()
+        context.barrier()
+        if not context.is_main:
+            return None
+
+        in_order = [_Batch(**work.read(name)) for name in names]
+        parts = [
+            results.part_paths(unfinished, b % context.world_size, b) for b in range(len(batches))
+        ]
+        samples = results.merge(unfinished, [fake for _, fake in parts], in_order[0].nfe)
+        _write_comparison(unfinished / "comparison.png", in_order)
+        scores = results.concatenate(batch.scores for batch in in_order)
+        x_T_scores = results.concatenate(batch.x_T_scores for batch in in_order)
+        metrics = {
+            "kind": "reconstruction",
+            **scorer.row(scores),
+            "protocol": {
+                **protocol,
+                "nfe": in_order[0].nfe,
+                "replaced": [name for batch in in_order for name in batch.replaced],
+                **scorer.protocol(),
+            },
+            "baselines": {
+                "x_T": scorer.baseline("x_T", x_T_scores, nfe=0, seed=config.seed),
+                **{name: baseline.row(parts, scorer) for name, baseline in fitted.items()},
+            },
+            "per_image": {
+                "index": [dataset.source_index(position) for position in range(count)],
+                "name": [dataset.image_name(position) for position in range(count)],
+                **scores,
+            },
+        }
+        results.write_metrics(unfinished, metrics)
+        work.publish()
     return Result(
         metrics=metrics,
         table=results.table(metrics),
@@ -241,9 +262,18 @@ def run(
     )
 
 
+def _digest(model: DBAE) -> str:
+    """A SHA-256 of the model's weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """What rank 0 needs to know of a batch beyond its files."""
+    """What rank 0 needs to know of a batch beyond its files: its record."""
 
     nfe: int
     scores: results.Scores
@@ -262,8 +292,8 @@ def _batch(
     folder: Path,
     scorer: results.Scorer,
     progress: Progress,
-) -> _Batch:
-    """Reconstruct, write and score the images at these positions."""
+) -> tuple[_Batch, list[Path]]:
+    """Reconstruct, write and score the images at these positions; what was written comes back."""
     items = [dataset[position] for position in positions]
     x0 = to_model_range(torch.stack([item.image for item in items]))
     images, x_T, nfe = reconstruct_images(
@@ -278,9 +308,9 @@ def _batch(
     real, start, fake = (to_8_bits(x.float().cpu()) for x in (x0, x_T, images))
 
     rank = context.rank
-    real_path, fake_path = results.part_paths(folder, rank, number)
-    results.write_samples(real_path, real)
-    results.write_samples(fake_path, fake)
+    files = list(results.part_paths(folder, rank, number))
+    for path, batch in zip(files, (real, fake), strict=True):
+        results.write_samples(path, batch)
     one = context.world_size == 1  # the published name; ranks' files bear the rank
     start_name = f"x_T_sample_{number}.png" if one else f"{rank}_x_T_sample_{number}.png"
     for name, batch in (
@@ -289,15 +319,17 @@ def _batch(
         (start_name, start),
     ):
         write_png(folder / name, image_grid(batch[:_GRID_IMAGES], 8))
+        files.append(folder / name)
 
     shown = max(0, min(len(items), _COMPARED - positions[0]))
-    return _Batch(
+    record = _Batch(
         nfe=nfe,
         scores=scorer(real, fake),
         x_T_scores=scorer(real, start),
         replaced=[dataset.image_name(item.index) for item in items if item.replaced],
         compared=torch.stack([real[:shown], start[:shown], fake[:shown]]),
     )
+    return record, files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ all ranks together: it is dataset order.
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,9 +28,9 @@ from .published import reconstruction_of
 METRICS_FILE = "metrics.json"
 UNFINISHED = "unfinished"  # a run writes to this folder until it is complete
 _PART = re.compile(r"(\d+)_(real|fake)_sample_(\d+)\.npz")
-_OURS = re.compile(  # whole or, after a kill, temporary
-    r"\.?(\d+_(real|fake)_sample_\d+\.npz|\d+_(sample|x)_\d+\.png|(\d+_)?x_T_sample_\d+\.png"
-    r"|samples_\d+x\d+x\d+x3_nfe\d+\.npz|metrics\.json|comparison\.png)(\.\d+\.tmp)?"
+FILES = re.compile(  # that a run writes
+    r"\d+_(real|fake)_sample_\d+\.npz|\d+_(sample|x)_\d+\.png|(\d+_)?x_T_sample_\d+\.png"
+    r"|samples_\d+x\d+x\d+x3_nfe\d+\.npz|metrics\.json|comparison\.png"
 )
 _FOLDER = re.compile(r"(euler|heun)_([\d.e+-]+)_(\d+)_w=([\d.e+-]+)_churn=([\d.e+-]+)")
 Scores = dict[str, list[float]]  # metric → one figure per image
@@ -87,41 +86,6 @@ def merge(folder: Path, parts: Sequence[Path], nfe: int) -> Path:
         for part in parts:
             entry.write(read_samples(part).permute(0, 2, 3, 1).contiguous().numpy().data)
     return target
-
-
-def prepare(unfinished: Path) -> None:
-    """Make an empty folder for a run to write to until it is complete (`publish`).
-
-    So an earlier run's results are lost neither to a mistake nor to a kill, and never mixed with
-    the new ones. UserError where it cannot be made.
-    """
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        _clear(unfinished)
-    except OSError as error:
-        raise UserError(f"cannot make {unfinished}: {error.strerror or error}") from error
-
-
-def publish(unfinished: Path) -> None:
-    """Move a complete run's files to the folder above, in place of the earlier ones there.
-
-    metrics.json goes last: where it is, the rest is whole.
-    """
-    folder = unfinished.parent
-    try:
-        _clear(folder)
-        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == METRICS_FILE):
-            os.replace(path, folder / path.name)
-        unfinished.rmdir()
-    except OSError as error:
-        raise UserError(f"cannot replace {folder}: {error.strerror or error}") from error
-
-
-def _clear(folder: Path) -> None:
-    """Delete the files that a run writes from the folder, and nothing else."""
-    for path in folder.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.unlink()
 
 
 def find_pairs(folder: Path) -> list[tuple[Path, Path]]:

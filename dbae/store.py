@@ -1,0 +1,184 @@
+"""The checkpoints in a run's folder: written whole, checked, counted, kept or deleted.
+
+The checkpoint of a step is `model_…pt`, `ema_…pt`, `state_…pt` and, written last,
+`checkpoint_….sha256` with the hashes of the three.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import checkpoint
+from .errors import UserError
+from .files import hash_file, require_space, write_text
+
+SET_ASIDE = "set_aside"
+
+
+class CheckpointStore:
+    """Saves, checks and deletes checkpoints; on the main process only.
+
+    Args:
+        folder: the run's.
+        keep_last: how many of the newest are kept (0: all).
+        keep_every: those of steps that are multiples of it are kept too (0: none).
+        background: write in a thread, from a copy in memory.
+        say: tells the user a line.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_every: int,
+        background: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder = folder
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._say = say
+        self._pool = ThreadPoolExecutor(1) if background else None
+        self._pending: Future[None] | None = None
+
+    # Reading ------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that were written to the end, newest first.
+
+        The state is written after the weights, so that where it exists, these are whole.
+        """
+        found = map(checkpoint.step_of, self.folder.glob("state_*.pt"))
+        return sorted((step for step in found if step >= 0), reverse=True)
+
+    def problem(self, step: int) -> str | None:
+        """What is wrong with a checkpoint's files on the disk, in words; None if they are whole."""
+        for kind in ("model_", "ema_", "state_"):
+            if not any(path.name.startswith(kind) for path in self._files(step)):
+                return f"{self.folder / kind}…{step:06d}.pt is missing"
+        has_checksums = checkpoint.checksums_path(self.folder, step).exists()
+        for path in self._files(step):
+            try:
+                if path.suffix == ".pt" and has_checksums:
+                    if damage := checkpoint.damaged(path, hash_file):
+                        return damage
+                elif path.suffix == ".pt":  # killed before the hashes were written, or theirs went
+                    checkpoint.load_file(path)
+            except (OSError, UserError) as error:
+                return str(error)
+        return None
+
+    def newest_whole(self) -> tuple[int | None, list[str]]:
+        """The newest checkpoint without a problem, and lines on newer ones, moved to SET_ASIDE.
+
+        None where there is no checkpoint at all. UserError where there are some and none is
+        whole: then they stay where they are.
+        """
+        problems: dict[int, str] = {}
+        for step in self.steps():
+            problem = self.problem(step)
+            if problem is None:
+                for bad in problems:
+                    self._set_aside(bad)
+                aside = self.folder / SET_ASIDE
+                return step, [
+                    f"passing over the checkpoint of step {bad}, now in {aside}: {problem}"
+                    for bad, problem in problems.items()
+                ]
+            problems[step] = problem
+        if problems:
+            raise UserError(
+                f"no checkpoint in {self.folder} can be resumed ({'; '.join(problems.values())}); "
+                "bring one back from a copy, or start anew in another --workdir"
+            )
+        return None, []
+
+    def _set_aside(self, step: int) -> None:
+        target = self.folder / SET_ASIDE
+        try:
+            target.mkdir(exist_ok=True)
+            # The state first: without it, the rest no longer counts as a checkpoint.
+            for path in sorted(self._files(step), key=lambda path: path.name, reverse=True):
+                os.replace(path, target / path.name)
+        except OSError as error:
+            raise UserError(f"cannot move {path} to {target}: {error.strerror}") from error
+
+    def _files(self, step: int) -> list[Path]:
+        names = (f"model_{step:06d}.pt", f"ema_*_{step:06d}.pt", f"state_{step:06d}.pt")
+        found = [path for name in names for path in self.folder.glob(name)]
+        checksums = checkpoint.checksums_path(self.folder, step)
+        return [*found, checksums] if checksums.exists() else found
+
+    # Writing ------------------------------------------------------------------------------
+
+    def save(self, step: int, contents: Mapping[str, Any]) -> None:
+        """Write a checkpoint, file name → content, then delete those that are not to be kept.
+
+        In the background, this returns when the content is copied; what fails there is raised by
+        the next `save` or `finish`. UserError: too little room, or a file cannot be written.
+        """
+        self.finish()
+        require_space(self.folder, 2**20 + sum(map(_bytes, contents.values())))
+        if self._pool is None:
+            self._write(step, contents)
+        else:
+            self._pending = self._pool.submit(
+                self._write, step, checkpoint.to_cpu(dict(contents), copy=True)
+            )
+
+    @property
+    def failed(self) -> bool:
+        """Whether writing in the background has failed: `finish` will say how."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def finish(self) -> None:
+        """Wait until all is written. Raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for what is being written in the background, and end its thread."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _write(self, step: int, contents: Mapping[str, Any]) -> None:
+        checksums = checkpoint.checksums_path(self.folder, step)
+        checksums.unlink(missing_ok=True)  # of files of this name that were written earlier
+        hashes = {
+            name: checkpoint.write(self.folder / name, content)
+            for name, content in contents.items()
+        }
+        write_text(checksums, "".join(f"{digest}  {name}\n" for name, digest in hashes.items()))
+        self._say(f"saved the checkpoint of step {step}")
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        steps = self.steps()
+        every = self._keep_every
+        kept = steps[: self._keep_last] + [s for s in steps if every and s % every == 0]
+        old = [step for step in steps if step not in kept]
+        if not self._keep_last or not old:
+            return
+        if all(self.problem(step) for step in kept):
+            self._say("no older checkpoint is deleted, as the newer ones are damaged")
+            return
+        for step in old:
+            # The state first: without it, the rest no longer counts as a checkpoint.
+            for path in sorted(self._files(step), key=lambda path: path.name, reverse=True):
+                path.unlink(missing_ok=True)
+
+
+def _bytes(content: Any) -> int:
+    """The size of the tensors in nested dicts and lists."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    if isinstance(content, Mapping):
+        return sum(map(_bytes, content.values()))
+    return sum(map(_bytes, content)) if isinstance(content, (list, tuple)) else 0
