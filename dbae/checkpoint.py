@@ -27,6 +27,7 @@ from .errors import UserError
 from .files import atomic_file, sha256
 from .model import DBAE
 from .presets import ModelConfig
+from .remote import fetch, is_remote
 from .unet import UNET_MULTIPLIERS
 
 # In memory → on disk. The UNet's keys stand at the top level of the file.
@@ -112,7 +113,8 @@ def load_model(
     is the last part of its folder's name (`…_vp`), or "vp", unless given.
 
     Args:
-        path: a `.pt` file, or a folder, of which the newest `ema_*.pt` is taken.
+        path: a `.pt` file, here or elsewhere (`gs://…`), or a folder here, of which the newest
+            `ema_*.pt` is taken.
         device: where the model goes.
         overrides: fields of ModelConfig. end_data, sigma_data, cov_xy, weight_schedule and
             dropout replace what is stored; any other must agree with it.
@@ -120,7 +122,7 @@ def load_model(
     Raises:
         UserError: no such file, not a checkpoint, or it contradicts the overrides.
     """
-    path = newest_weights(Path(path))
+    path = newest_weights(local(path))
     state, stored = read_weights(path)
     config = _stored_config(stored, path) if stored else _infer_config(state, path, overrides)
     for name, value in overrides.items():
@@ -200,6 +202,11 @@ def _require_intact(path: Path) -> None:
             raise zipfile.BadZipFile("it unpacks to more than its size")
         if changed := archive.testzip():
             raise zipfile.BadZipFile(changed)
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """The path; of a remote file a copy of it here (see `dbae.remote.fetch`)."""
+    return fetch(str(path)) if is_remote(str(path)) else Path(path)
 
 
 def newest_weights(path: Path) -> Path:

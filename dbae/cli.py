@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import GroupError, Stopped, UserError, one_line
+from .errors import GroupError, Stopped, UserError, in_words, one_line
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -122,8 +122,7 @@ def given(namespace: argparse.Namespace, config: type) -> dict[str, Any]:
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
-    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2, `Stopped` one
-    line and its own code.
+    """Run an entry point: `UserError` and `Stopped` become one line on stderr and their exit code.
 
     So does what the operating system refuses (a full disk, a read-only folder), with exit code 1.
     """
@@ -131,7 +130,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
         code = main(None)
     except UserError as error:
         _complain(error)
-        code = 2
+        code = error.code
     except Stopped as stopped:
         if _rank() == "0":
             print(stopped, file=sys.stderr, flush=True)
@@ -140,7 +139,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
         sys.stderr.close()
         code = 1
     except OSError as error:
-        _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _complain(error)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -148,9 +147,9 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
     sys.exit(code or 0)
 
 
-def _complain(error: str | UserError) -> None:
+def _complain(error: UserError | OSError) -> None:
     """Print one error line. Of several processes with the same mistake, only the first does."""
-    rank, message = _rank(), one_line(str(error))
+    rank, message = _rank(), one_line(in_words(error))
     if rank != "0":
         if isinstance(error, GroupError):  # rank 0 has it too
             return

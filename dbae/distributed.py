@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import GroupError, UserError
+from .errors import GroupError, UserError, in_words
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
@@ -109,7 +109,7 @@ class Context:
             if self.world_size == 1:
                 raise
             problem = error
-        messages = self.gather_objects(None if problem is None else _message(problem))
+        messages = self.gather_objects(None if problem is None else in_words(problem))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if failed:
             alike = len(set(messages)) == 1
@@ -399,12 +399,6 @@ def _leave(lost_contact: bool) -> None:
         thread = threading.Thread(target=leave, daemon=True)
         thread.start()
         thread.join(_LEAVE_S)
-
-
-def _message(error: UserError | OSError) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
 
 def _shorten(text: str, checksum: str) -> str:

@@ -27,11 +27,20 @@ class UserError(Exception):
     """A wrong flag, path, file or setting.
 
     The message is one line: what was found, what was expected, what to do. Entry scripts print it
-    as `error: …` without a traceback and exit with code 2 (see `dbae.cli.run`).
+    as `error: …` without a traceback and exit with `code` (see `dbae.cli.run`).
     """
+
+    code = 2
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+
+def in_words(error: UserError | OSError) -> str:
+    """The message of a mistake, or of what the operating system refused (a full disk, say)."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
 
 class GroupError(UserError):

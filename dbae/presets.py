@@ -128,6 +128,9 @@ class TrainConfig:
     save_interval: int = option(10_000, "steps between checkpoints")
     keep_last: int = option(5, "the newest so many checkpoints are kept (0: all)")
     keep_every: int = option(100_000, "checkpoints at multiples of this step are kept too")
+    mirror: str | None = option(
+        None, "folder elsewhere (gs://…, az://…) that gets a copy of checkpoints, and restores them"
+    )
     async_save: bool = option(False, "write checkpoints in the background, from a copy in memory")
     sample_interval: int = option(10_000, "steps between reconstruction grids (0: none)")
     log_interval: int = option(100, "steps between log lines")

@@ -17,8 +17,12 @@ from torch import Tensor
 from . import checkpoint
 from .errors import UserError
 from .files import hash_file, require_space, write_text
+from .remote import Mirror
+from .runlog import BAD_STEPS
 
 SET_ASIDE = "set_aside"
+# What a run needs besides its checkpoints to go on elsewhere.
+RUN_FILES = ("config.json", "progress.csv", BAD_STEPS)
 
 
 class CheckpointStore:
@@ -30,6 +34,7 @@ class CheckpointStore:
         keep_every: those of steps that are multiples of it are kept too (0: none).
         background: write in a thread, from a copy in memory.
         say: tells the user a line.
+        mirror: a folder elsewhere that gets a copy of each checkpoint, in another thread.
     """
 
     def __init__(
@@ -39,12 +44,17 @@ class CheckpointStore:
         keep_every: int,
         background: bool,
         say: Callable[[str], None],
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder = folder
         self._keep_last, self._keep_every = keep_last, keep_every
         self._say = say
         self._pool = ThreadPoolExecutor(1) if background else None
         self._pending: Future[None] | None = None
+        self._mirror = mirror
+        self._uploads = ThreadPoolExecutor(1) if mirror else None
+        self._uploading: Future[None] | None = None
+        self._deleted: list[str] = []  # files, since the last upload
 
     # Reading ------------------------------------------------------------------------------
 
@@ -144,9 +154,10 @@ class CheckpointStore:
             pending.result()
 
     def close(self) -> None:
-        """Wait for what is being written in the background, and end its thread."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        """Wait for what is being written in the background, and end the threads."""
+        for pool in (self._pool, self._uploads):
+            if pool is not None:
+                pool.shutdown()
 
     def _write(self, step: int, contents: Mapping[str, Any]) -> None:
         checksums = checkpoint.checksums_path(self.folder, step)
@@ -158,6 +169,7 @@ class CheckpointStore:
         write_text(checksums, "".join(f"{digest}  {name}\n" for name, digest in hashes.items()))
         self._say(f"saved the checkpoint of step {step}")
         self._delete_old()
+        self._start_upload()
 
     def _delete_old(self) -> None:
         steps = self.steps()
@@ -173,6 +185,71 @@ class CheckpointStore:
             # The state first: without it, the rest no longer counts as a checkpoint.
             for path in sorted(self._files(step), key=lambda path: path.name, reverse=True):
                 path.unlink(missing_ok=True)
+                self._deleted.append(path.name)
+
+    # The mirror ---------------------------------------------------------------------------
+
+    def restore(self) -> list[str]:
+        """Where there is no checkpoint here, bring the newest whole one from the mirror; lines.
+
+        UserError where the mirror has checkpoints and none is whole.
+        """
+        if self._mirror is None or self.steps():
+            return []
+        there = self._mirror.names()
+        notes = []
+        for step in sorted(map(checkpoint.step_of, map(Path, there)), reverse=True):
+            checksums = checkpoint.checksums_path(self.folder, step)
+            if checksums.name not in there or checksums.exists():
+                continue
+            self._mirror.download([checksums.name])
+            # The state, which makes it a checkpoint, is the last of its files.
+            self._mirror.download(list(checkpoint.read_checksums(checksums)))
+            if problem := self.problem(step):
+                notes.append(f"the copy of step {step} in the mirror is not used: {problem}")
+                self._set_aside(step)
+                continue
+            self._mirror.download([name for name in RUN_FILES if name in there])
+            return [*notes, f"the checkpoint of step {step} was brought from the mirror"]
+        if notes:
+            raise UserError(f"no copy in the mirror is whole: {'; '.join(notes)}")
+        return []
+
+    def check_mirror(self) -> None:
+        """Copy config.json there. UserError where that is impossible: better now than later."""
+        if self._mirror is not None:
+            self._mirror.upload(["config.json"])
+
+    def settle(self) -> None:
+        """Wait until the mirror has all checkpoints. UserError where it cannot have them."""
+        if self._uploading is None:
+            return
+        self._uploading.result()
+        self._upload()  # what was saved meanwhile, or could not be copied
+
+    def _start_upload(self) -> None:
+        # One that is still running leaves what it does not see to the next.
+        if self._uploads is not None and (self._uploading is None or self._uploading.done()):
+            self._uploading = self._uploads.submit(self._try_upload)
+
+    def _try_upload(self) -> None:
+        try:
+            self._upload()
+        except UserError as error:
+            self._say(f"not mirrored: {error}; it is tried again with the next checkpoint")
+
+    def _upload(self) -> None:
+        assert self._mirror is not None
+        there = self._mirror.names()
+        for step in self.steps():
+            *names, last = [path.name for path in self._files(step)]
+            if last.endswith(".sha256") and last not in there:
+                beside = [name for name in RUN_FILES if (self.folder / name).exists()]
+                self._mirror.upload([*names, *beside, last])
+                self._say(f"mirrored the checkpoint of step {step}")
+        gone, self._deleted = self._deleted, []
+        # What declares a checkpoint complete goes first.
+        self._mirror.delete(sorted(gone, key=lambda name: not name.endswith(".sha256")))
 
 
 def _bytes(content: Any) -> int:

@@ -36,6 +36,7 @@ from .lock import FolderLock
 from .model import DBAE
 from .presets import ModelConfig, TrainConfig
 from .random import fold, normal, uniform
+from .remote import Mirror
 from .runlog import BAD_STEPS, RunLog
 from .stop import StopRequest
 from .store import CheckpointStore
@@ -170,6 +171,8 @@ class Trainer:
                     self._save(wait=last or stopping)
                 if stopping:
                     self._end_early()
+            if self.context.is_main:
+                self.store.settle()
         return self.folder
 
     def _train_step(self, batch: Batch) -> None:
@@ -469,6 +472,7 @@ class Trainer:
             self.config.keep_every,
             self.config.async_save,
             lambda text: self.log.say(text),
+            Mirror(self.config.mirror, self.folder) if self.config.mirror else None,
         )
         self._resources.callback(self.store.close)
 
@@ -478,6 +482,7 @@ class Trainer:
         files.require_space(self.folder, self._checkpoint_bytes())
         text = json.dumps(self.describe, indent=2) + "\n"
         files.write_text(self.folder / "config.json", text)
+        self.store.check_mirror()
         self.log = RunLog(self.folder, self.step, config.max_steps, config.logger, self.describe)
         self._resources.callback(self.log.close)
         if self.lock.stale:
@@ -494,6 +499,8 @@ class Trainer:
         weights: Path | None = None
         folder, step = self.folder, None
         with self.context.together():
+            if resume is not None:
+                resume = str(checkpoint.local(resume))
             if self.context.is_main:
                 folder, step, weights = self._find_start(resume, notes)
         (folder, step, weights), *_ = self.context.gather_objects((folder, step, weights))
@@ -509,6 +516,7 @@ class Trainer:
         self, resume: str | None, notes: list[str]
     ) -> tuple[Path, int | None, Path | None]:
         """Folder and step of the checkpoint to go on from, or weights to start with, or neither."""
+        notes += self.store.restore()
         own = self.store.steps()
         if own:
             self._require_same_run()

@@ -828,3 +828,55 @@ def test_where_a_file_system_has_no_locks_the_holders_word_counts(
     content.write_text(json.dumps({**dbae.lock._this_process(), "started": 1}))
     with FolderLock(tmp_path) as lock:
         assert lock.stale is not None
+
+
+# --- The mirror ------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_from_its_mirror_on_a_machine_that_has_nothing(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    mirror = [f"--mirror={tmp_path / 'elsewhere'}", "--keep_last=1", "--keep_every=0"]
+    out = train(tmp_path / "a", "--max_steps=3", "--save_interval=1", *mirror).stdout
+    assert "mirrored the checkpoint of step 3" in out
+    there = {path.name for path in (tmp_path / "elsewhere").iterdir()}
+    assert there == {
+        "config.json", "progress.csv", "checkpoint_000003.sha256", "model_000003.pt",
+        "ema_0.9999_000003.pt", "state_000003.pt",
+    }  # fmt: skip
+    out = resume(tmp_path / "b", *mirror)
+    assert "the checkpoint of step 3 was brought from the mirror" in out
+    assert "resuming from step 3" in out
+    assert_same_run(tmp_path / "b" / RUN, uninterrupted, 6)
+
+
+def test_a_damaged_mirror_is_no_new_start(uninterrupted: Path, tmp_path: Path) -> None:
+    mirror = [f"--mirror={tmp_path / 'elsewhere'}"]
+    resume(tmp_path / "a", *mirror)
+    flip_a_bit(tmp_path / "elsewhere" / "model_000006.pt")
+    out = resume(tmp_path / "b", *mirror)
+    assert "the copy of step 6 in the mirror is not used" in out and "from step 3" in out
+    assert_same_run(tmp_path / "b" / RUN, uninterrupted, 6)
+    flip_a_bit(tmp_path / "elsewhere" / "model_000003.pt")
+    flip_a_bit(tmp_path / "elsewhere" / "state_000006.pt")
+    done = train(tmp_path / "c", *STEPS, *mirror, check=False)
+    assert done.returncode == 2 and "no copy in the mirror is whole" in one_line(done.stderr)
+
+
+def test_a_mirror_that_is_lost_does_not_stop_training_and_is_told_at_the_end(
+    tmp_path: Path,
+) -> None:
+    fault = """
+from dbae.remote import Mirror
+from dbae.errors import UserError
+upload = Mirror.upload
+def lost(self, names):
+    if "config.json" != names[0]: raise UserError("cannot upload: connection refused")
+    upload(self, names)
+Mirror.upload = lost
+"""
+    running = Running(tmp_path, *STEPS, f"--mirror={tmp_path / 'elsewhere'}", fault=fault)
+    code, err = running.end()
+    assert code == 2 and one_line(err) == "error: cannot upload: connection refused"
+    assert "not mirrored: cannot upload: connection refused; it is tried again" in running.out
+    assert "step=6/6" in running.out and (tmp_path / RUN / "state_000006.pt").exists()

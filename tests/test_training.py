@@ -294,6 +294,7 @@ def test_the_list_of_flags_is_deliberate() -> None:
         "dataset", "data_dir", "split", "bad_images", "workdir", "batch_size", "microbatch", "lr",
         "ema_rate", "max_steps", "time_sampling", "flip", "precision", "seed", "max_bad_steps",
         "max_spike", "max_minutes", "timeout_s", "save_interval", "keep_last", "keep_every",
+        "mirror",
         "async_save", "sample_interval", "log_interval", "num_workers", "logger",
     ]  # fmt: skip
     assert names(model_flags) == [

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from .. import cli
 from ..bridge import SCHEDULES
-from ..checkpoint import load_model
+from ..checkpoint import load_model, local
 from ..distributed import DEVICES, Context, join
 from ..errors import UserError
 from ..model import DBAE
@@ -27,7 +26,10 @@ def parser(description: str | None, config: type) -> argparse.ArgumentParser:
     """
     made = cli.parser((description or "").split("\n\n")[0])
     made.add_argument(
-        "--checkpoint", required=True, type=Path, help="weights (ema_*.pt), or a run's folder"
+        "--checkpoint",
+        required=True,
+        type=local,
+        help="weights (ema_*.pt), here or elsewhere (gs://…), or a run's folder",
     )
     for flag, convert, meaning in (
         ("--schedule", str, "bridge of the checkpoint; needed where the file does not record it"),
