@@ -18,7 +18,9 @@ python=.venv/bin/python
 step "lint" "$python" -m ruff check .
 step "format" "$python" -m ruff format --check .
 step "types" "$python" -m mypy
-step "tests" "$python" -m pytest -q "$@"
+# Two at a time: many tests wait for processes. Torch's threads would only get in each other's way.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+step "tests" "$python" -m pytest -q -n 2 --dist loadfile "$@"
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[*]}" >&2

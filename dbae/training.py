@@ -166,7 +166,9 @@ class Trainer:
                 if last or self.step % config.log_interval == 0:
                     self._write_log()
                 if config.sample_interval and (last or self.step % config.sample_interval == 0):
-                    self._write_samples()
+                    with self.context.together():
+                        if self.context.is_main:
+                            self._write_samples()
                 if last or stopping or self.step % config.save_interval == 0:
                     self._save(wait=last or stopping)
                 if stopping:
@@ -374,8 +376,6 @@ class Trainer:
 
     def _write_samples(self) -> None:
         """Originals, endpoints and reconstructions of a few images by the averaged model."""
-        if not self.context.is_main:
-            return
         self.log.pause()
         count = min(_GRID_IMAGES, len(self.pictures))
         originals = torch.stack([self.pictures[i].image for i in range(count)])

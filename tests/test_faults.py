@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from training_runs import (
 )
 
 from dbae.checkpoint import checksums_path
-from dbae.data.order import BatchOrder, RankBatches
+from dbae.data.order import BatchOrder
 from dbae.distributed import Context
 from dbae.errors import UserError
 from dbae.guard import StepGuard
@@ -629,20 +628,6 @@ Trainer._train_step = train_step
     assert (tmp_path / RUN / "state_000003.pt").exists()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_f10_the_same_global_batches_for_any_number_of_ranks(world_size: int) -> None:
-    """Also from the midst of an epoch, where a run of another number of ranks has stopped."""
-    order = BatchOrder(50, seed=3)
-    expected = [order.indices(start, 8) for start in range(16, 80, 8)]
-    size = 8 // world_size
-    ranks = [
-        list(RankBatches(BatchOrder(50, seed=3), 16, 80, size, rank, world_size))
-        for rank in range(world_size)
-    ]
-    found = [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
-    assert found == expected
-
-
 def test_f10_a_restart_with_another_world_size_trains_on_the_same_images(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -830,7 +815,7 @@ def test_where_a_file_system_has_no_locks_the_holders_word_counts(
         assert lock.stale is not None
 
 
-# --- The mirror ------------------------------------------------------------------------------------
+# --- The mirror ----------------------------------------------------------------------------------
 
 
 def test_a_run_goes_on_from_its_mirror_on_a_machine_that_has_nothing(
