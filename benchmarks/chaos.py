@@ -43,7 +43,7 @@ FLAGS = [
 # What is done, and when.
 FAULTS = (
     "SIGKILL one rank", "SIGKILL all", "SIGTERM one rank", "SIGTERM launcher", "SIGTERM all",
-    "SIGUSR1 launcher",
+    "SIGUSR1 launcher", "SIGTERM after a loading worker's SIGKILL",
 )  # fmt: skip
 MOMENTS = ("any", "any", "save", "load")
 DAMAGE = ("none", "none", "none", "bit flip", "truncation")
@@ -85,7 +85,7 @@ def _soak(options: argparse.Namespace, dice: random.Random, folder: Path) -> int
         while len(rounds) < options.rounds:
             done = _round(command, workdir, dice)
             rounds.append(done)
-            print(f"{len(rounds):4} {done.fault:18} {done.moment:5} {done.damage:10} "
+            print(f"{len(rounds):4} {done.fault:41} {done.moment:5} {done.damage:10} "
                   f"exit {done.code:4} step {_newest(workdir / RUN):3} {done.trouble}",
                   flush=True)  # fmt: skip
             if done.code == 0:
@@ -136,7 +136,7 @@ def _round(command: list[str], workdir: Path, dice: random.Random) -> Round:
         expected |= {-15, -10, 138}
     if code not in expected:
         trouble += f"exit code {code}: {err[-300:]!r}; "
-    if "Traceback" in err:
+    if "Traceback (most recent" in err:
         trouble += f"a traceback: {err[-300:]!r}; "
     if left := _survivors(workdir):
         trouble += f"processes {left} survived; "
@@ -168,6 +168,11 @@ def _do(fault: str, process: subprocess.Popen[str], dice: random.Random) -> None
     word, _, whom = fault.partition(" ")
     number = signal.Signals[word]
     try:
+        if whom.startswith("after"):
+            if workers := _workers(process.pid):
+                os.kill(dice.choice(workers), signal.SIGKILL)
+                time.sleep(2)
+            whom = "launcher"
         if whom == "all":
             os.killpg(process.pid, number)
             for pid in _descendants(process.pid):  # torchrun gives ranks sessions of their own
@@ -193,6 +198,12 @@ def _descendants(pid: int) -> list[int]:
     for child in _children(pid):
         found += [child, *_descendants(child)]
     return found
+
+
+def _workers(pid: int) -> list[int]:
+    """Data-loading processes: those without children of their own, if they are not ranks."""
+    ranks = set(_children(pid))
+    return [d for d in _descendants(pid) if d not in ranks and not list(_children(d))]
 
 
 def _survivors(workdir: Path) -> list[int]:
@@ -277,7 +288,7 @@ def _summary(rounds: list[Round], runs: int, options: argparse.Namespace) -> int
         codes = collections.Counter(
             r.code for r in rounds if (r.fault, r.moment) == (fault, moment)
         )
-        print(f"{fault:18} {moment:5} {count:4}   exit codes {dict(sorted(codes.items()))}")
+        print(f"{fault:41} {moment:5} {count:4}   exit codes {dict(sorted(codes.items()))}")
     damaged = sum(r.damage != "none" for r in rounds)
     troubles = [r for r in rounds if r.trouble]
     print(f"checkpoints damaged in between: {damaged}; runs to the end: {runs}; "

@@ -37,6 +37,7 @@ from .model import DBAE
 from .presets import ModelConfig, TrainConfig
 from .random import fold, normal, uniform
 from .remote import Mirror
+from .resume import find_start
 from .runlog import BAD_STEPS, RunLog
 from .stop import StopRequest
 from .store import CheckpointStore
@@ -495,72 +496,20 @@ class Trainer:
 
     def _resume(self, resume: str | None) -> list[str]:
         """Load what there is to continue from; rank 0 says in words what that was."""
-        notes: list[str] = []
-        weights: Path | None = None
-        folder, step = self.folder, None
+        start = None
         with self.context.together():
-            if resume is not None:
-                resume = str(checkpoint.local(resume))
+            path = None if resume is None else checkpoint.local(resume)
             if self.context.is_main:
-                folder, step, weights = self._find_start(resume, notes)
-        (folder, step, weights), *_ = self.context.gather_objects((folder, step, weights))
+                start = find_start(self.store, self.describe, path)
+        (start, *_) = self.context.gather_objects(start)
+        assert start is not None
         with self.context.together():
-            if step is not None:
-                self._load_checkpoint(folder, step)
-            elif weights is not None:
+            if start.step is not None:
+                self._load_checkpoint(start.folder, start.step)
+            elif start.weights is not None:
                 for model in (self.model, self.ema.shadow):
-                    checkpoint.load_weights(model, weights)
-        return notes
-
-    def _find_start(
-        self, resume: str | None, notes: list[str]
-    ) -> tuple[Path, int | None, Path | None]:
-        """Folder and step of the checkpoint to go on from, or weights to start with, or neither."""
-        notes += self.store.restore()
-        own = self.store.steps()
-        if own:
-            self._require_same_run()
-        if resume is not None:
-            path = checkpoint.newest_weights(Path(resume))
-            if not path.is_file():
-                raise UserError(f"checkpoint {path} does not exist")
-            folder, step = path.parent, checkpoint.step_of(path)
-            if own and folder.resolve() != self.folder.resolve():
-                notes.append(f"{self.folder} has checkpoints of its own, {path} is left alone")
-            elif checkpoint.state_path(folder, step).is_file():
-                notes.append(f"resuming from step {step} in {folder}")
-                return folder, step, None
-            else:
-                notes.append(f"starting from the weights of {path} (no training state beside it)")
-                return folder, None, path
-        newest, passed_over = self.store.newest_whole()
-        notes += passed_over
-        if newest is None:
-            notes.append("starting from new weights")
-        else:
-            notes.append(f"resuming from step {newest} in {self.folder}")
-        return self.folder, newest, None
-
-    def _require_same_run(self) -> None:
-        """Refuse to go on with a run of another model, seed or data, as config.json tells."""
-        path = self.folder / "config.json"
-        try:
-            stored = json.loads(path.read_text())
-            earlier = {**stored["model"], "seed": stored["train"]["seed"]}
-            same_data = stored["data"]["fingerprint"] == self.describe["data"]["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}, which tells how to resume, is unreadable ({error})"
-            ) from error
-        ours = json.loads(json.dumps({**self.describe["model"], "seed": self.config.seed}))
-        changed = [f"{k} {earlier.get(k)} → {v}" for k, v in ours.items() if earlier.get(k) != v]
-        if not same_data:
-            changed.append(f"{stored['data']['n']} other images → {len(self.dataset)}")
-        if changed:
-            raise UserError(
-                f"{self.folder} holds another run ({'; '.join(changed)}); "
-                "use the same flags and data, or another --workdir (--resume this one to go on)"
-            )
+                    checkpoint.load_weights(model, start.weights)
+        return start.notes
 
     def _load_checkpoint(self, folder: Path, step: int) -> None:
         averaged = sorted(folder.glob(f"ema_*_{step:06d}.pt"))

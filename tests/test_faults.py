@@ -298,6 +298,18 @@ def test_f5_none_whole_is_an_error_and_never_a_new_start(
     assert sorted(path.name for path in (tmp_path / RUN).iterdir()) == sorted({*before, ".lock"})
 
 
+@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
+def test_f5_without_a_whole_config_json_the_checkpoint_tells_whose_it_is(
+    damage: object, uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / RUN)
+    damage(tmp_path / RUN / "config.json")  # type: ignore[operator]
+    done = train(tmp_path, *STEPS, "--seed=5", check=False)
+    assert done.returncode == 2 and "holds another run (seed 0 → 5)" in one_line(done.stderr)
+    assert "step 6 of 6: done" in resume(tmp_path)
+    assert (tmp_path / RUN / "config.json").stat().st_size > 1000
+
+
 def test_a_damaged_weight_file_is_refused_by_evaluations_too(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
