@@ -123,22 +123,44 @@ class Trainer:
             with context.together():
                 if context.is_main:
                     self._open_log(notes)
+            self.wrapped = self._wrapped()
         except BaseException:
             self.close()
             raise
-        self.wrapped: Any = self.model
-        if context.world_size > 1:
-            # Batch norm uses each rank's own micro-batch, as in the published training: buffers
-            # stay local, and rank 0's are saved. Spectral norm's vectors follow the weights, which
-            # are alike on all ranks.
-            # oneDNN's gradients of 1×1 convolutions have other, equivalent strides: no news.
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
-            self.wrapped = DistributedDataParallel(
-                self.model,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                **_LOCAL_BUFFERS,
-                gradient_as_bucket_view=True,
-            )
+
+    def _wrapped(self) -> Any:
+        """The model, or what averages its gradients over the ranks."""
+        if self.context.world_size == 1:
+            return self.model
+        # Batch norm uses each rank's own micro-batch, as in the published training: buffers
+        # stay local, and rank 0's are saved. Spectral norm's vectors follow the weights, which
+        # are alike on all ranks.
+        # oneDNN's gradients of 1×1 convolutions have other, equivalent strides: no news.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
+        wrapped = DistributedDataParallel(
+            self.model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            **_LOCAL_BUFFERS,
+            gradient_as_bucket_view=True,
+        )
+        self._settle_buckets(wrapped)
+        return wrapped
+
+    def _settle_buckets(self, wrapped: DistributedDataParallel) -> None:
+        """Let DDP regroup the gradients now, which it does after its first backward pass.
+
+        The groups decide in which order three or more ranks add up, so that otherwise a step would
+        round differently just after a restart.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        count, size = min(self.config.microbatch, self.config.batch_size), self.dataset.size
+        images = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=self.device)
+        with self._autocast():
+            terms = wrapped(*self._draw(to_model_range(images), range(count)))
+        terms["loss"].sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     def close(self) -> None:
         """Let go of the run's folder; `run` does so at its end."""

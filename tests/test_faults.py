@@ -486,6 +486,17 @@ def test_f11_a_killed_rank_and_an_elastic_restart(uninterrupted_pair: Path, tmp_
     assert_same_run(tmp_path / RUN, uninterrupted_pair, 6)
 
 
+def test_three_ranks_end_bit_for_bit_the_same_after_restarts(tmp_path: Path) -> None:
+    """From three on, the order in which gradients are added up matters."""
+    flags = ["--max_steps=4", "--batch_size=2"]
+    code, _, err = pair(tmp_path / "whole", *flags, ranks=3)
+    assert code == 0, err
+    for expected in (143, 143, 143, 0):
+        code, _, err = pair(tmp_path / "often", *flags, "--max_minutes=0.00001", ranks=3)
+        assert code == expected, err
+    assert_same_run(tmp_path / "often" / RUN, tmp_path / "whole" / RUN, 4)
+
+
 POISON = """
 import torch
 from dbae.model import DBAE

@@ -87,17 +87,18 @@ def train(
     return subprocess.CompletedProcess([*flags], code, running.out, err)
 
 
-def pair(workdir: Path, *flags: str, fault: str = "") -> tuple[int, str, str]:
-    """Two gloo ranks from start to end: the larger exit code, stdout and stderr of both."""
+def pair(workdir: Path, *flags: str, fault: str = "", ranks: int = 2) -> tuple[int, str, str]:
+    """Two (or more) gloo ranks from start to end: largest exit code, stdout and stderr of all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        Running(workdir, *flags, fault=fault, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = [
+        Running(workdir, *flags, fault=fault, RANK=str(rank), LOCAL_RANK=str(rank), **place)
+        for rank in range(ranks)
     ]
-    ends = [rank.end() for rank in ranks]
-    outs = "".join(rank.out for rank in ranks)
+    ends = [rank.end() for rank in running]
+    outs = "".join(rank.out for rank in running)
     return max(code for code, _ in ends), outs, "".join(err for _, err in ends)
 
 
