@@ -501,7 +501,7 @@ POISON = """
 import torch
 from dbae.model import DBAE
 from dbae.training import Trainer
-step, loss = Trainer._train_step, DBAE.loss
+step, loss, DBAE.poison = Trainer._train_step, DBAE.loss, False
 def train_step(self, batch):
     DBAE.poison = self.context.rank == 1 and (self.step + 1) in {steps}
     step(self, batch)

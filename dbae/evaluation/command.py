@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import signal
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from .. import cli
 from ..bridge import SCHEDULES
