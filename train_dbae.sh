@@ -13,7 +13,7 @@ DETAILS="
   CHECKPOINT  a checkpoint to resume from (without it, a run resumes from its own newest one)
 
   Data roots, output folder and number of GPUs: args.sh or environment variables of the same names.
-  Environment: LAUNCHER, NPROC, NNODES, DRY_RUN: see scripts/launch.sh."
+  Environment: LAUNCHER, NPROC, NNODES, MAX_RESTARTS, DRY_RUN: see scripts/launch.sh."
 
 if wants_help "$@"; then print_help "$ENTRY"; fi
 take_positional "$@"

@@ -43,7 +43,7 @@ def main() -> None:
     for repeat in range(options.repeats):
         for background in (False, True):
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-                store = CheckpointStore(Path(folder), 0, 0, background, lambda _: None)
+                store = CheckpointStore(Path(folder), {}, 0, 0, background, lambda _: None)
                 contents = {
                     "model_000001.pt": checkpoint.weights(model),
                     "ema_0.9999_000001.pt": checkpoint.weights(model),

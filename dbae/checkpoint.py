@@ -177,7 +177,7 @@ def load_file(path: Path) -> Any:
     if not os.path.isfile(path):
         raise UserError(f"checkpoint {path} does not exist")
     if damage := damaged(path):
-        raise UserError(damage)
+        raise UserError(f"{damage}; use another checkpoint")
     try:
         _require_intact(path)
         with warnings.catch_warnings():
@@ -252,7 +252,7 @@ def damaged(path: Path, hash_of: Callable[[Path], str] = sha256) -> str | None:
         return None
     return (
         f"{path} is damaged ({path.stat().st_size} bytes, not the SHA-256 that was recorded when "
-        "it was written); use another checkpoint"
+        "it was written)"
     )
 
 

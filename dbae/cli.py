@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import signal
 import sys
 import time
 import types
@@ -125,7 +126,11 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
     """Run an entry point: `UserError` and `Stopped` become one line on stderr and their exit code.
 
     So does what the operating system refuses (a full disk, a read-only folder), with exit code 1.
+    SIGTERM and SIGUSR1 raise Stopped, wherever it is, unless `main` handles them: whole files are
+    written, or none.
     """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
     try:
         code = main(None)
     except UserError as error:
@@ -145,6 +150,11 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
+
+
+def _stop(number: int, _: object) -> typing.NoReturn:
+    name = signal.Signals(number).name
+    raise Stopped(f"{name}: stopped; the same command goes on with what is finished", 143)
 
 
 def _complain(error: UserError | OSError) -> None:

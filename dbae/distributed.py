@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import hashlib
@@ -10,8 +11,10 @@ import json
 import os
 import platform
 import re
+import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -167,8 +170,17 @@ def join(device: str = "auto", timeout_s: float = 600) -> Iterator[Context]:
         device=_pick_device(device, place, os.environ),
         launcher=place.launcher,
     )
+    if place.launcher == "torchrun":
+        _end_with_parent()
     with _threads(context.device, place), _process_group(context.device, place, timeout_s):
         yield context
+
+
+def _end_with_parent() -> None:
+    """Have Linux send SIGTERM when the launcher is killed, which then cannot end its ranks."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 # --- Which launcher started this process, and as which rank? -------------------------------------
@@ -436,6 +448,9 @@ def _store(host: str, port: int, place: _Place, timeout: datetime.timedelta) -> 
     )
 
 
+_SLACK_S = 10  # a busy machine is late
+
+
 def _connect(make: Callable[[], S], timeout: datetime.timedelta) -> S:
     """The store that `make` returns, or raises DistNetworkError after the timeout.
 
@@ -452,7 +467,7 @@ def _connect(make: Callable[[], S], timeout: datetime.timedelta) -> S:
     threading.Thread(target=work, daemon=True).start()
     try:
         # The slack: torch's own timeouts are to come first, since they say what they waited for.
-        return made.result(timeout.total_seconds() + 1)
+        return made.result(timeout.total_seconds() + _SLACK_S)
     except FutureTimeout:
         raise dist.DistNetworkError(
             "what listens there is no rank 0: does another program use the port?"

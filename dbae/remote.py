@@ -13,6 +13,7 @@ import hashlib
 import os
 import random
 import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,7 +104,9 @@ class Mirror:
     """
 
     def __init__(self, url: str, folder: Path, remote: Remote | None = None) -> None:
-        self._url = url.rstrip("/")
+        if not is_remote(url) and os.path.realpath(url) == os.path.realpath(folder):
+            raise UserError(f"--mirror {url} is the run's own folder; choose another")
+        self.url = url.rstrip("/")
         self._folder = folder
         self._remote = remote or Remote()
 
@@ -117,6 +120,13 @@ class Mirror:
         for name in names:
             self._remote.download(self._url_of(name), self._folder / name)
 
+    def read(self, name: str) -> str:
+        """The text of a small file there."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "text"
+            self._remote.download(self._url_of(name), path)
+            return path.read_text(errors="replace")
+
     def delete(self, names: Sequence[str]) -> None:
         """Delete remote files in this order; those that are absent already are fine."""
         for name in names:
@@ -124,12 +134,12 @@ class Mirror:
 
     def names(self) -> list[str]:
         """The names of the remote files, sorted; none where there is no such folder or bucket."""
-        return self._remote.names(self._url)
+        return self._remote.names(self.url)
 
     def _url_of(self, name: str) -> str:
         if Path(name).name != name or name in ("", ".."):  # a foreign checksum file may say it
-            raise UserError(f"{self._url}: {name!r} is no plain file name, so it was left alone")
-        return f"{self._url}/{name}"
+            raise UserError(f"{self.url}: {name!r} is no plain file name, so it was left alone")
+        return f"{self.url}/{name}"
 
 
 class Remote:

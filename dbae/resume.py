@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from . import checkpoint
 from .errors import UserError
-from .store import CheckpointStore
+from .store import CheckpointStore, require_same_run
 
 
 class Start(NamedTuple):
@@ -24,7 +24,8 @@ class Start(NamedTuple):
 def find_start(store: CheckpointStore, describe: dict[str, Any], resume: Path | None) -> Start:
     """What to go on from in the run's folder, or from `resume`, a weight file or a folder.
 
-    Once the run has checkpoints of its own, one from elsewhere was its start, and is left alone.
+    Once the run has checkpoints of its own, one from elsewhere was its start, and is left alone. An
+    earlier one of its own is gone back to once: the same command again goes on from the newest.
 
     Args:
         store: the run's.
@@ -37,7 +38,7 @@ def find_start(store: CheckpointStore, describe: dict[str, Any], resume: Path | 
     notes = store.restore()
     own = store.steps()
     if own:
-        _require_same_run(store, describe)
+        require_same_run(_stored(store), describe, store.folder)
     if resume is not None:
         path = checkpoint.newest_weights(resume)
         if not path.is_file():
@@ -45,7 +46,10 @@ def find_start(store: CheckpointStore, describe: dict[str, Any], resume: Path | 
         folder, step = path.parent, checkpoint.step_of(path)
         if own and folder.resolve() != store.folder.resolve():
             notes.append(f"{store.folder} has checkpoints of its own, {path} is left alone")
+        elif own and _stored(store).get("start") == describe["start"]:
+            notes.append(f"the run went back to {path} before, and goes on")
         elif checkpoint.state_path(folder, step).is_file():
+            notes += store.go_back(step) if own else []
             return Start(folder, step, None, [*notes, f"resuming from step {step} in {folder}"])
         else:
             note = f"starting from the weights of {path} (no training state beside it)"
@@ -55,21 +59,6 @@ def find_start(store: CheckpointStore, describe: dict[str, Any], resume: Path | 
     if newest is not None:
         note = f"resuming from step {newest} in {store.folder}"
     return Start(store.folder, newest, None, [*notes, *passed_over, note])
-
-
-def _require_same_run(store: CheckpointStore, describe: dict[str, Any]) -> None:
-    """Refuse to go on with a run of another model, seed or data."""
-    stored = _stored(store)
-    earlier = {**stored["model"], "seed": stored["train"]["seed"]}
-    ours = json.loads(json.dumps({**describe["model"], "seed": describe["train"]["seed"]}))
-    changed = [f"{k} {earlier.get(k)} → {v}" for k, v in ours.items() if earlier.get(k) != v]
-    if stored["data"]["fingerprint"] != describe["data"]["fingerprint"]:
-        changed.append(f"{stored['data']['n']} other images → {describe['data']['n']}")
-    if changed:
-        raise UserError(
-            f"{store.folder} holds another run ({'; '.join(changed)}); "
-            "use the same flags and data, or another --workdir (--resume this one to go on)"
-        )
 
 
 def _stored(store: CheckpointStore) -> Any:

@@ -6,6 +6,7 @@ The checkpoint of a step is `model_…pt`, `ema_…pt`, `state_…pt` and, writt
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,11 +26,37 @@ SET_ASIDE = "set_aside"
 RUN_FILES = ("config.json", "progress.csv", BAD_STEPS)
 
 
+def require_same_run(config: str | Any, describe: Mapping[str, Any], where: object) -> None:
+    """Refuse to go on with a run of another model, seed or data.
+
+    Args:
+        config: the content of that run's config.json, or what was read of it.
+        describe: what ours is to hold.
+        where: that run's place, for the message.
+    """
+    try:
+        stored = json.loads(config) if isinstance(config, str) else config
+        earlier = {**stored["model"], "seed": stored["train"]["seed"]}
+        data, n = stored["data"]["fingerprint"], stored["data"]["n"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"config.json in {where} is not a run's ({error!r})") from error
+    ours = json.loads(json.dumps({**describe["model"], "seed": describe["train"]["seed"]}))
+    changed = [f"{k} {earlier.get(k)} → {v}" for k, v in ours.items() if earlier.get(k) != v]
+    if data != describe["data"]["fingerprint"]:
+        changed.append(f"{n} images → {describe['data']['n']} others")
+    if changed:
+        raise UserError(
+            f"{where} holds another run ({'; '.join(changed)}); use the same flags and data, or "
+            "another --workdir and --mirror (--resume goes on from another run's checkpoint)"
+        )
+
+
 class CheckpointStore:
     """Saves, checks and deletes checkpoints; on the main process only.
 
     Args:
         folder: the run's.
+        describe: what config.json holds: whose checkpoints these are.
         keep_last: how many of the newest are kept (0: all).
         keep_every: those of steps that are multiples of it are kept too (0: none).
         background: write in a thread, from a copy in memory.
@@ -40,13 +67,14 @@ class CheckpointStore:
     def __init__(
         self,
         folder: Path,
+        describe: Mapping[str, Any],
         keep_last: int,
         keep_every: int,
         background: bool,
         say: Callable[[str], None],
         mirror: Mirror | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder, self._describe = folder, describe
         self._keep_last, self._keep_every = keep_last, keep_every
         self._say = say
         self._pool = ThreadPoolExecutor(1) if background else None
@@ -54,6 +82,7 @@ class CheckpointStore:
         self._mirror = mirror
         self._uploads = ThreadPoolExecutor(1) if mirror else None
         self._uploading: Future[None] | None = None
+        self._mirrored: dict[int, str] = {}  # step → its checksums, as they are there
         self._deleted: list[str] = []  # files, since the last upload
 
     # Reading ------------------------------------------------------------------------------
@@ -61,9 +90,10 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were written to the end, newest first.
 
-        The state is written after the weights, so that where it exists, these are whole.
+        The state is written after the weights, so that where it was, these were whole.
         """
-        found = map(checkpoint.step_of, self.folder.glob("state_*.pt"))
+        files = [*self.folder.glob("state_*.pt"), *self.folder.glob("checkpoint_*.sha256")]
+        found = set(map(checkpoint.step_of, files))
         return sorted((step for step in found if step >= 0), reverse=True)
 
     def problem(self, step: int) -> str | None:
@@ -71,10 +101,10 @@ class CheckpointStore:
         for kind in ("model_", "ema_", "state_"):
             if not any(path.name.startswith(kind) for path in self._files(step)):
                 return f"{self.folder / kind}…{step:06d}.pt is missing"
-        has_checksums = checkpoint.checksums_path(self.folder, step).exists()
+        recorded = checkpoint.read_checksums(checkpoint.checksums_path(self.folder, step))
         for path in self._files(step):
             try:
-                if path.suffix == ".pt" and has_checksums:
+                if path.name in recorded:
                     if damage := checkpoint.damaged(path, hash_file):
                         return damage
                 elif path.suffix == ".pt":  # killed before the hashes were written, or theirs went
@@ -94,7 +124,7 @@ class CheckpointStore:
             problem = self.problem(step)
             if problem is None:
                 for bad in problems:
-                    self._set_aside(bad)
+                    self.set_aside(bad)
                 aside = self.folder / SET_ASIDE
                 return step, [
                     f"passing over the checkpoint of step {bad}, now in {aside}: {problem}"
@@ -108,21 +138,29 @@ class CheckpointStore:
             )
         return None, []
 
-    def _set_aside(self, step: int) -> None:
+    def set_aside(self, step: int) -> None:
+        """Move a checkpoint's files to the folder SET_ASIDE, where they no longer count."""
         target = self.folder / SET_ASIDE
         try:
             target.mkdir(exist_ok=True)
-            # The state first: without it, the rest no longer counts as a checkpoint.
-            for path in sorted(self._files(step), key=lambda path: path.name, reverse=True):
+            for path in self._files(step):
                 os.replace(path, target / path.name)
         except OSError as error:
             raise UserError(f"cannot move {path} to {target}: {error.strerror}") from error
 
+    def go_back(self, step: int) -> list[str]:
+        """Set aside the checkpoints after a step, here, and forget them in the mirror; lines."""
+        later = [other for other in self.steps() if other > step]
+        for other in later:
+            self.set_aside(other)
+        if self._mirror is not None:
+            self._mirror.delete([checkpoint.checksums_path(self.folder, s).name for s in later])
+        return [f"the checkpoint of step {other} is now in {SET_ASIDE}/" for other in later]
+
     def _files(self, step: int) -> list[Path]:
-        names = (f"model_{step:06d}.pt", f"ema_*_{step:06d}.pt", f"state_{step:06d}.pt")
-        found = [path for name in names for path in self.folder.glob(name)]
-        checksums = checkpoint.checksums_path(self.folder, step)
-        return [*found, checksums] if checksums.exists() else found
+        """A checkpoint's files. Without the first two, the rest does not count as one."""
+        names = ("checkpoint_{}.sha256", "state_{}.pt", "model_{}.pt", "ema_*_{}.pt")
+        return [p for name in names for p in self.folder.glob(name.format(f"{step:06d}"))]
 
     # Writing ------------------------------------------------------------------------------
 
@@ -161,7 +199,8 @@ class CheckpointStore:
 
     def _write(self, step: int, contents: Mapping[str, Any]) -> None:
         checksums = checkpoint.checksums_path(self.folder, step)
-        checksums.unlink(missing_ok=True)  # of files of this name that were written earlier
+        for path in (checksums, checkpoint.state_path(self.folder, step)):
+            path.unlink(missing_ok=True)  # half old and half new would be no checkpoint
         hashes = {
             name: checkpoint.write(self.folder / name, content)
             for name, content in contents.items()
@@ -182,50 +221,60 @@ class CheckpointStore:
             self._say("no older checkpoint is deleted, as the newer ones are damaged")
             return
         for step in old:
-            # The state first: without it, the rest no longer counts as a checkpoint.
-            for path in sorted(self._files(step), key=lambda path: path.name, reverse=True):
+            for path in self._files(step):
                 path.unlink(missing_ok=True)
                 self._deleted.append(path.name)
 
     # The mirror ---------------------------------------------------------------------------
 
     def restore(self) -> list[str]:
-        """Where there is no checkpoint here, bring the newest whole one from the mirror; lines.
+        """Where the mirror has a newer checkpoint, bring the newest whole one from there; lines.
 
-        UserError where the mirror has checkpoints and none is whole.
+        UserError where the mirror is another run's, or has newer checkpoints and none is whole.
         """
-        if self._mirror is None or self.steps():
+        if self._mirror is None:
             return []
-        there = self._mirror.names()
-        notes = []
-        for step in sorted(map(checkpoint.step_of, map(Path, there)), reverse=True):
+        there = self._same_mirror()
+        here = max(self.steps(), default=-1)
+        notes, damaged = [], []
+        for step in sorted({checkpoint.step_of(Path(name)) for name in there}, reverse=True):
             checksums = checkpoint.checksums_path(self.folder, step)
-            if checksums.name not in there or checksums.exists():
+            if step <= here or checksums.name not in there:
                 continue
             self._mirror.download([checksums.name])
             # The state, which makes it a checkpoint, is the last of its files.
             self._mirror.download(list(checkpoint.read_checksums(checksums)))
             if problem := self.problem(step):
                 notes.append(f"the copy of step {step} in the mirror is not used: {problem}")
-                self._set_aside(step)
+                damaged.append(checksums.name)
+                self.set_aside(step)
                 continue
             self._mirror.download([name for name in RUN_FILES if name in there])
+            self._mirror.delete(damaged)  # so that they are copied again
             return [*notes, f"the checkpoint of step {step} was brought from the mirror"]
-        if notes:
+        if notes and here < 0:
             raise UserError(f"no copy in the mirror is whole: {'; '.join(notes)}")
-        return []
+        return notes
 
     def check_mirror(self) -> None:
         """Copy config.json there. UserError where that is impossible: better now than later."""
         if self._mirror is not None:
+            self._same_mirror()
             self._mirror.upload(["config.json"])
+
+    def _same_mirror(self) -> list[str]:
+        """The mirror's files. UserError where they are another run's."""
+        assert self._mirror is not None
+        there = self._mirror.names()
+        if "config.json" in there:
+            require_same_run(self._mirror.read("config.json"), self._describe, self._mirror.url)
+        return there
 
     def settle(self) -> None:
         """Wait until the mirror has all checkpoints. UserError where it cannot have them."""
-        if self._uploading is None:
-            return
-        self._uploading.result()
-        self._upload()  # what was saved meanwhile, or could not be copied
+        if self._uploading is not None:
+            self._uploading.result()
+            self._upload()  # what was saved meanwhile, or could not be copied
 
     def _start_upload(self) -> None:
         # One that is still running leaves what it does not see to the next.
@@ -240,16 +289,23 @@ class CheckpointStore:
 
     def _upload(self) -> None:
         assert self._mirror is not None
-        there = self._mirror.names()
+        there = self._same_mirror()
         for step in self.steps():
-            *names, last = [path.name for path in self._files(step)]
-            if last.endswith(".sha256") and last not in there:
+            path = checkpoint.checksums_path(self.folder, step)
+            if not path.exists():
+                continue
+            content, checksums = path.read_text(errors="replace"), path.name
+            if self._mirrored.get(step) == content:
+                continue
+            rest = [file.name for file in self._files(step) if file != path]
+            if checksums not in there or self._mirror.read(checksums) != content:
                 beside = [name for name in RUN_FILES if (self.folder / name).exists()]
-                self._mirror.upload([*names, *beside, last])
+                self._mirror.delete([checksums])
+                self._mirror.upload([*rest, *beside, checksums])
                 self._say(f"mirrored the checkpoint of step {step}")
+            self._mirrored[step] = content
         gone, self._deleted = self._deleted, []
-        # What declares a checkpoint complete goes first.
-        self._mirror.delete(sorted(gone, key=lambda name: not name.endswith(".sha256")))
+        self._mirror.delete(gone)
 
 
 def _bytes(content: Any) -> int:

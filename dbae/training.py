@@ -13,6 +13,7 @@ import gc
 import inspect
 import json
 import math
+import os
 import platform
 import sys
 import warnings
@@ -40,7 +41,7 @@ from .remote import Mirror
 from .resume import find_start
 from .runlog import BAD_STEPS, RunLog
 from .stop import StopRequest
-from .store import CheckpointStore
+from .store import CheckpointStore, require_same_run
 from .sums import Sums
 
 _GRID_IMAGES = 8
@@ -98,7 +99,7 @@ class Trainer:
             if config.split == "train":
                 with contextlib.suppress(UserError):  # a set may have no part that is held out
                     self.pictures = open_dataset(*source, "test", config.bad_images)
-            self.describe = self._describe(model_config, command)
+            self.describe = self._describe(model_config, command, resume)
         context.require_same(self._common_facts())
         self.workers = config.num_workers
         if self.workers < 0:
@@ -312,6 +313,11 @@ class Trainer:
         """Raise Stopped, on all ranks with the same reason."""
         reasons = self.context.gather_objects((self.stop.reason, self.stop.code))
         reason, code = next(pair for pair in reasons if pair[0] is not None)
+        if self.context.is_main:
+            try:
+                self.store.settle()
+            except UserError as error:  # all is saved here: no reason not to go on
+                self.log.say(f"not mirrored: {error}")
         raise Stopped(
             f"{reason}: stopped at step {self.step} of {self.config.max_steps}, all is saved; "
             "the same command goes on from here",
@@ -456,13 +462,16 @@ class Trainer:
 
     # Start --------------------------------------------------------------------------------
 
-    def _describe(self, model_config: ModelConfig, command: str) -> dict[str, Any]:
+    def _describe(
+        self, model_config: ModelConfig, command: str, resume: str | None
+    ) -> dict[str, Any]:
         """What config.json holds."""
         cuda = self.device.type == "cuda"
         return {
             "model": dataclasses.asdict(model_config),
             "train": dataclasses.asdict(self.config),
             "data": self.dataset.describe(),
+            "start": resume and os.path.abspath(resume),
             # of the last start; a run may have had several
             "environment": {
                 "world_size": self.context.world_size,
@@ -491,6 +500,7 @@ class Trainer:
             path.unlink(missing_ok=True)
         self.store = CheckpointStore(
             self.folder,
+            self.describe,
             self.config.keep_last,
             self.config.keep_every,
             self.config.async_save,
@@ -543,6 +553,8 @@ class Trainer:
                 f"{checkpoint.state_path(folder, step)} is of an earlier version of this package; "
                 f"--resume {averaged[0]} from another --workdir starts with its weights"
             )
+        if folder == self.folder:
+            require_same_run(state["config"], self.describe, checkpoint.state_path(folder, step))
         checkpoint.load_weights(self.model, checkpoint.model_path(folder, step))
         checkpoint.load_weights(self.ema.shadow, averaged[0])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,7 +156,7 @@ checkpoint.write = write
     code, err = running.end()
     assert code == 143 and "SIGTERM: stopped at step" in one_line(err)
     newest = max((tmp_path / RUN).glob("state_*.pt"))
-    store = CheckpointStore(tmp_path / RUN, 0, 0, False, print)
+    store = CheckpointStore(tmp_path / RUN, {}, 0, 0, False, print)
     assert store.problem(int(newest.stem[-6:])) is None and store.problem(3) is None
     resume(tmp_path)
     assert_same_run(tmp_path / RUN, uninterrupted, 6)
@@ -260,11 +261,9 @@ def empty(path: Path) -> None:
 def test_f5_a_damaged_newest_checkpoint_is_named_and_set_aside(
     damage: object, kind: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    if damage is Path.unlink and kind == "state":
-        pytest.skip("without its state it is not a checkpoint: see F1")
     shutil.copytree(uninterrupted, tmp_path / "run")
     damage(tmp_path / "run" / f"{kind}_000006.pt")  # type: ignore[operator]
-    store = CheckpointStore(tmp_path / "run", 0, 0, False, print)
+    store = CheckpointStore(tmp_path / "run", {}, 0, 0, False, print)
     step, notes = store.newest_whole()
     assert step == 3
     (note,) = notes
@@ -310,6 +309,39 @@ def test_f5_without_a_whole_config_json_the_checkpoint_tells_whose_it_is(
     assert (tmp_path / RUN / "config.json").stat().st_size > 1000
 
 
+def test_f5_states_that_are_gone_and_hashes_that_are_empty_are_no_new_start(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "a" / RUN)
+    (tmp_path / "a" / RUN / "state_000006.pt").unlink()
+    assert "resuming from step 3" in resume(tmp_path / "a")
+    assert_same_run(tmp_path / "a" / RUN, uninterrupted, 6)
+    for state in (tmp_path / "a" / RUN).glob("state_*.pt"):
+        state.unlink()
+    done = train(tmp_path / "a", *STEPS, check=False)
+    assert done.returncode == 2 and "no checkpoint in" in one_line(done.stderr)
+
+    shutil.copytree(uninterrupted, tmp_path / "b" / RUN)
+    empty(checksums_path(tmp_path / "b" / RUN, 6))
+    truncate(tmp_path / "b" / RUN / "model_000006.pt")
+    assert "resuming from step 3" in resume(tmp_path / "b")
+    assert_same_run(tmp_path / "b" / RUN, uninterrupted, 6)
+
+
+def test_a_run_goes_back_once_to_an_earlier_checkpoint_and_goes_on_from_there(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The second time the same command goes on from the newest, of the new history alone."""
+    shutil.copytree(uninterrupted, tmp_path / RUN)
+    back = [f"--resume={tmp_path / RUN / 'ema_0.9999_000003.pt'}", "--lr=0.01"]
+    out = train(tmp_path, "--max_steps=4", *back).stdout
+    assert "the checkpoint of step 6 is now in set_aside/" in out and "from step 3" in out
+    out = train(tmp_path, "--max_steps=5", *back).stdout
+    assert "resuming from step 4" in out
+    assert [row["step"] for row in progress(tmp_path / RUN)] == list("12345")
+    assert progress(tmp_path / RUN)[3] != progress(uninterrupted)[4]
+
+
 def test_a_damaged_weight_file_is_refused_by_evaluations_too(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -339,7 +371,7 @@ def saved(store: CheckpointStore, *steps: int) -> None:
 
 
 def test_f15_retention_counts_in_numbers_past_a_million(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, 2, 500_000, False, print)
+    store = CheckpointStore(tmp_path, {}, 2, 500_000, False, print)
     saved(store, 500_000, 999_998, 999_999, 1_000_000, 1_000_001)
     assert store.steps() == [1_000_001, 1_000_000, 500_000]
     assert store.newest_whole() == (1_000_001, [])
@@ -348,9 +380,9 @@ def test_f15_retention_counts_in_numbers_past_a_million(tmp_path: Path) -> None:
 
 def test_retention_never_deletes_the_only_whole_checkpoint(tmp_path: Path) -> None:
     said: list[str] = []
-    keeping = CheckpointStore(tmp_path, 0, 0, False, said.append)
+    keeping = CheckpointStore(tmp_path, {}, 0, 0, False, said.append)
     saved(keeping, 1, 2)
-    store = CheckpointStore(tmp_path, 1, 0, False, said.append)
+    store = CheckpointStore(tmp_path, {}, 1, 0, False, said.append)
     real = store.problem
     store.problem = lambda step: "unreadable" if step == 3 else real(step)  # type: ignore[method-assign]
     saved(store, 3)
@@ -403,7 +435,7 @@ def test_f6_a_full_disk_loses_nothing(
     assert code == 2
     line = one_line(err)
     assert ("too little disk for a checkpoint" if foresight else "the disk is full") in line
-    store = CheckpointStore(small_disk / RUN, 0, 0, False, print)
+    store = CheckpointStore(small_disk / RUN, {}, 0, 0, False, print)
     assert store.newest_whole() == (3, []) and not list((small_disk / RUN).glob(".*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     resume(small_disk)
@@ -495,6 +527,21 @@ def test_three_ranks_end_bit_for_bit_the_same_after_restarts(tmp_path: Path) -> 
         code, _, err = pair(tmp_path / "often", *flags, "--max_minutes=0.00001", ranks=3)
         assert code == expected, err
     assert_same_run(tmp_path / "often" / RUN, tmp_path / "whole" / RUN, 4)
+
+
+def test_ranks_end_in_order_when_their_launcher_is_killed(
+    uninterrupted_pair: Path, tmp_path: Path
+) -> None:
+    """SIGKILL for torchrun, which leaves it no time to end them."""
+    launched = Launched(tmp_path, "--max_steps=1000", *PAIR)
+    launched.wait_for("step=1/")
+    ranks = [launched.rank(rank) for rank in (0, 1)]
+    launched.process.kill()
+    launched.end()
+    for pid in ranks:
+        while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+            time.sleep(0.05)
+    assert list((tmp_path / RUN).glob("state_*.pt"))
 
 
 POISON = """
@@ -869,6 +916,33 @@ def test_a_damaged_mirror_is_no_new_start(uninterrupted: Path, tmp_path: Path) -
     flip_a_bit(tmp_path / "elsewhere" / "state_000006.pt")
     done = train(tmp_path / "c", *STEPS, *mirror, check=False)
     assert done.returncode == 2 and "no copy in the mirror is whole" in one_line(done.stderr)
+
+
+def test_a_mirror_serves_one_run_and_never_its_own_folder(tmp_path: Path) -> None:
+    """Neither a run that has checkpoints nor an empty folder takes over another's mirror."""
+    mirror = f"--mirror={tmp_path / 'elsewhere'}"
+    resume(tmp_path / "a", mirror)
+    before = (tmp_path / "elsewhere" / "config.json").read_text()
+    train(tmp_path / "b", "--max_steps=1", "--seed=1")
+    for workdir in ("b", "c"):
+        done = train(tmp_path / workdir, *STEPS, "--seed=1", mirror, check=False)
+        assert done.returncode == 2
+        assert f"{tmp_path / 'elsewhere'} holds another run (seed 0 → 1)" in one_line(done.stderr)
+    assert (tmp_path / "elsewhere" / "config.json").read_text() == before
+    assert not list((tmp_path / "c" / RUN).glob("*.pt"))
+    done = train(tmp_path / "a", *STEPS, f"--mirror={tmp_path / 'a' / RUN}", check=False)
+    assert done.returncode == 2 and "is the run's own folder" in one_line(done.stderr)
+    assert "step 6 of 6: done" in resume(tmp_path / "a", mirror)
+
+
+def test_a_newer_copy_in_the_mirror_is_gone_on_from(uninterrupted: Path, tmp_path: Path) -> None:
+    mirror = f"--mirror={tmp_path / 'elsewhere'}"
+    train(tmp_path / "a", "--max_steps=2", mirror)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    train(tmp_path / "b", "--max_steps=4", mirror)
+    out = resume(tmp_path / "a", mirror)
+    assert "resuming from step 4" in out
+    assert_same_run(tmp_path / "a" / RUN, uninterrupted, 6)
 
 
 def test_a_mirror_that_is_lost_does_not_stop_training_and_is_told_at_the_end(

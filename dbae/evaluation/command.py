@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 from .. import cli
 from ..bridge import SCHEDULES
 from ..checkpoint import load_model, local
 from ..distributed import DEVICES, Context, join
-from ..errors import Stopped, UserError
+from ..errors import UserError
 from ..model import DBAE
 from .probing import ProbeConfig, Task, run
 from .results import METRICS_FILE
@@ -53,22 +51,11 @@ def parser(description: str | None, config: type) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def loaded(options: argparse.Namespace) -> Iterator[tuple[DBAE, Context]]:
-    """Join the other processes and load the model that the parsed options name.
-
-    SIGTERM and SIGUSR1 raise Stopped inside: an evaluation may be left anywhere, as it writes whole
-    files.
-    """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop)
+    """Join the other processes and load the model that the parsed options name."""
     names = ("schedule", "stochastic", "end_data")
     overrides = {name: getattr(options, name) for name in names if hasattr(options, name)}
     with join(options.device, timeout_s=_TIMEOUT_S) as context:
         yield load_model(options.checkpoint, context.device, **overrides), context
-
-
-def _stop(number: int, _: object) -> NoReturn:
-    name = signal.Signals(number).name
-    raise Stopped(f"{name}: stopped; the same command goes on with what is finished", 143)
 
 
 def check_trained_on(model: DBAE, dataset: str) -> None:
