@@ -129,10 +129,12 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
     SIGTERM and SIGUSR1 raise Stopped, wherever it is, unless `main` handles them: whole files are
     written, or none.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop)
     try:
-        code = main(None)
+        try:
+            _on_stop(_stop)
+            code = main(None)
+        finally:
+            _on_stop(signal.SIG_DFL)  # nothing is left to be told but what follows
     except UserError as error:
         _complain(error)
         code = error.code
@@ -150,6 +152,11 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
+
+
+def _on_stop(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handler)
 
 
 def _stop(number: int, _: object) -> typing.NoReturn:

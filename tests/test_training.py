@@ -220,7 +220,7 @@ def test_own_pictures_train_from_a_folder_and_bad_ones_are_named_or_counted(
     assert rows[-1]["replaced_images"] in ("2", "3")
     own[1] = f"--data_dir={_folder(tmp_path / 'others', seed=1)}"
     other = train(tmp_path / "w", *own, "--max_steps=4", check=False)
-    assert other.returncode == 2 and "5 other images → 5" in other.stderr
+    assert other.returncode == 2 and "5 images → 5 others" in other.stderr
 
 
 def test_a_mistake_of_all_processes_is_told_once(tmp_path: Path) -> None:
