@@ -134,14 +134,14 @@ SAMPLING_DETAILS="
   CHURN_STEP_RATIO  0: deterministic (ODE); above 0 and below 1: stochastic (SDE; documented: 0.33)
   GUIDANCE          1 in every documented run
   SPLIT             part of the data set: train, valid, test, all
-  RHO               curvature of the time grid (7)
-  GEN_SAMPLER       euler or heun
-  N                 points of the time grid
+  RHO               curvature of the time grid (7; 1 is uniform)
+  GEN_SAMPLER       euler, heun, or dbim (few steps; --order 1|2|3, --eta; with churn 0, guidance 1)
+  N                 points of the time grid; of dbim: steps
   STO               does the model have a stochastic encoder: true or false"
 ENVIRONMENT_DETAILS="
 
   Data roots and number of GPUs: args.sh or environment variables of the same names.
-  Environment: LAUNCHER, NPROC, NNODES, DRY_RUN: see scripts/launch.sh."
+  Environment: LAUNCHER, NPROC, NNODES, MAX_RESTARTS, DRY_RUN: see scripts/launch.sh."
 
 # launch_sampling ENTRY ARGUMENT…: the ten positional words that name a model and a sampler, then
 # flags. The launcher has set USAGE and DETAILS.
@@ -159,7 +159,7 @@ launch_sampling() {
     number CHURN_STEP_RATIO "${POSITIONAL[3]}"
     number GUIDANCE "${POSITIONAL[4]}"
     number RHO "${POSITIONAL[6]}"
-    one_of GEN_SAMPLER "${POSITIONAL[7]}" euler heun
+    one_of GEN_SAMPLER "${POSITIONAL[7]}" euler heun dbim
     positive_integer N "${POSITIONAL[8]}"
     one_of STO "${POSITIONAL[9]}" true false
     local arguments=(

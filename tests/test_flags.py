@@ -18,8 +18,8 @@ from dbae.evaluation.regression import RegressionConfig
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ["checkpoint", "schedule", "stochastic", "end_data", "device"]
 SAMPLING = [
-    "batch_size", "sampler", "steps", "rho", "churn", "guidance", "latent", "seed", "bad_images",
-    "output_dir",
+    "batch_size", "sampler", "steps", "rho", "churn", "guidance", "eta", "order", "latent", "seed",
+    "bad_images", "output_dir",
 ]  # fmt: skip
 PICTURES = ["dataset", "data_dir", "split", "images", "indices"]
 PROBE = [

@@ -17,7 +17,7 @@ from ..cli import check_choices, option
 from ..errors import UserError
 from ..files import atomic_file, sha256
 from ..model import DBAE
-from ..sampling import SAMPLERS, check_options
+from ..sampling import SAMPLERS, Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,12 @@ class SamplingConfig:
 
     batch_size: int = option(64, "images per forward pass")
     sampler: str = option("euler", "how the reverse bridge is integrated", choices=SAMPLERS)
-    steps: int = option(100, "grid points N of the sampler")
-    rho: float = option(7.0, "exponent of the time grid")
+    steps: int = option(100, "grid points N of the sampler; of dbim: steps")
+    rho: float = option(7.0, "exponent of the time grid; 1 is uniform")
     churn: float = option(0.0, "share of each step done by the SDE, in [0, 1); 0 is the ODE")
     guidance: float = option(1.0, "weight w of the pull towards x_T")
+    eta: float = option(0.0, "dbim of order 1: noise within the steps, in [0, 1]")
+    order: int = option(2, "dbim: order of the update, 1, 2 or 3")
     latent: str = option(
         "sample",
         "z of a stochastic encoder: drawn, as published, or its mean",
@@ -45,7 +47,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         try:
-            check_options(self.sampler, self.steps, self.rho, self.churn, self.guidance)
+            Options(**self.sampler_options())
         except UserError as error:  # begins with the option's name, which here is a flag
             raise UserError(f"--{error}") from None
         require_at_least(self, batch_size=1, seed=0)
@@ -61,16 +63,19 @@ class SamplingConfig:
 
     @property
     def sampler_name(self) -> str:
-        """`euler_7.0_100_w=1.0_churn=0.0`: how the sampler appears in a folder's name."""
+        """How the sampler appears in a folder's name.
+
+        `euler_7.0_100_w=1.0_churn=0.0`; of DBIM `dbim_7.0_9_w=1.0_churn=0.0_eta=0.0_order=2`.
+        """
+        dbim = f"_eta={float(self.eta)}_order={self.order}" if self.sampler == "dbim" else ""
         return (
             f"{self.sampler}_{float(self.rho)}_{self.steps}"
-            f"_w={float(self.guidance)}_churn={float(self.churn)}"
+            f"_w={float(self.guidance)}_churn={float(self.churn)}{dbim}"
         )
 
     def sampler_options(self) -> dict[str, Any]:
         """The keywords of `dbae.sample` that these options stand for."""
-        names = ("sampler", "steps", "rho", "churn", "guidance")
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Options)}
 
 
 def require_at_least(config: Any, **lowest: int) -> None:
@@ -122,7 +127,11 @@ def sampling_facts(
     return {
         **model_facts(model, checkpoint),
         "batch_size": config.batch_size,
-        **config.sampler_options(),
+        **{
+            name: value
+            for name, value in config.sampler_options().items()
+            if config.sampler == "dbim" or name not in ("eta", "order")
+        },
         "seed": config.seed,
         "clip_denoised": True,
         "latent": latent_used(model, config.latent),
@@ -134,13 +143,20 @@ def sampling_facts(
 
 def sampling_line(protocol: Mapping[str, Any]) -> str:
     """What `sampling_facts` and the NFE say, for the terminal."""
-    churn = f" SDE {protocol['churn']}" if protocol["churn"] else ""
     average = "not recorded" if protocol["ema"] is None else protocol["ema"]
     return (
-        f"{protocol['checkpoint'] or 'a model'}, EMA {average}; {protocol['sampler']}-"
-        f"{protocol['steps']}{churn}, {protocol['nfe']} NFE, seed {protocol['seed']}, "
-        f"z: {protocol['latent']}"
+        f"{protocol['checkpoint'] or 'a model'}, EMA {average}; {sampler_text(protocol)}, "
+        f"{protocol['nfe']} NFE, seed {protocol['seed']}, z: {protocol['latent']}"
     )
+
+
+def sampler_text(protocol: Mapping[str, Any]) -> str:
+    """`euler-100`, `euler-333 SDE 0.33`, `dbim-9 order 2`, `dbim-9 order 1 eta 1.0`."""
+    text = f"{protocol.get('sampler', '?')}-{protocol.get('steps', '?')}"
+    for name, shown in (("churn", "SDE"), ("order", "order"), ("eta", "eta")):
+        if protocol.get(name):
+            text += f" {shown} {protocol[name]}"
+    return text
 
 
 def latent_used(model: DBAE, latent: str) -> str:

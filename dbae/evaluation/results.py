@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import atomic_file, write_text
 from .metrics import Lpips, mse, reference_mse, reference_ssim, ssim, summary
-from .protocol import text_table, versions
+from .protocol import sampler_text, text_table, versions
 from .published import reconstruction_of
 
 METRICS_FILE = "metrics.json"
@@ -32,7 +32,10 @@ FILES = re.compile(  # that a run writes
     r"\d+_(real|fake)_sample_\d+\.npz|\d+_(sample|x)_\d+\.png|(\d+_)?x_T_sample_\d+\.png"
     r"|samples_\d+x\d+x\d+x3_nfe\d+\.npz|metrics\.json|comparison\.png"
 )
-_FOLDER = re.compile(r"(euler|heun)_([\d.e+-]+)_(\d+)_w=([\d.e+-]+)_churn=([\d.e+-]+)")
+_FOLDER = re.compile(
+    r"(euler|heun|dbim)_([\d.e+-]+)_(\d+)_w=([\d.e+-]+)_churn=([\d.e+-]+)"
+    r"(?:_eta=([\d.e+-]+)_order=(\d))?"
+)
 Scores = dict[str, list[float]]  # metric → one figure per image
 
 
@@ -236,9 +239,7 @@ def rescore(folder: Path, scorer: Scorer, batch_size: int) -> dict[str, Any]:
 def table(metrics: dict[str, Any]) -> str:
     """The content of metrics.json as a table for the terminal: method × figures, with notes."""
     protocol = metrics["protocol"]
-    sampler = f"{protocol.get('sampler', '?')}-{protocol.get('steps', '?')}"
-    churn = protocol.get("churn", 0)
-    how = [f"{sampler} SDE {churn}" if churn else sampler, protocol.get("nfe", "?")]
+    how = [sampler_text(protocol), protocol.get("nfe", "?")]
     seed = protocol.get("seed", "?")
     head = ["method", "MSE", "SSIM", "LPIPS", "n", "sampler", "NFE", "seed"]
     rows = [head, ["DBAE", *_figures(metrics), *how, seed]]
@@ -332,6 +333,8 @@ def _protocol_from_names(folder: Path) -> dict[str, Any]:
     if match := _FOLDER.fullmatch(folder.resolve().name):
         protocol |= {"sampler": match[1], "rho": float(match[2]), "steps": int(match[3])}
         protocol |= {"guidance": float(match[4]), "churn": float(match[5])}
+        if match[6]:
+            protocol |= {"eta": float(match[6]), "order": int(match[7])}
     nfes = {re.sub(r".*_nfe(\d+)\.npz", r"\1", p.name) for p in folder.glob("samples_*_nfe*.npz")}
     if len(nfes) == 1 and (nfe := nfes.pop()).isdigit():
         protocol["nfe"] = int(nfe)

@@ -121,7 +121,13 @@ def sampler_of(protocol: Mapping[str, Any]) -> str:
     """`Euler, 20 steps`, with churn and guidance where they are not the ODE's."""
     if protocol.get("sampler") is None:
         return "sampler not recorded"
-    text = f"{plain(protocol['sampler']).capitalize()}, {plain(protocol.get('steps'))} steps"
+    name = plain(protocol["sampler"])
+    name = "DBIM" if name == "dbim" else name.capitalize()
+    text = f"{name}, {plain(protocol.get('steps'))} steps"
+    if order := protocol.get("order"):
+        text += f", order {plain(order)}"
+    if eta := protocol.get("eta"):
+        text += f", η {plain(eta)}"
     if churn := protocol.get("churn"):
         text += f", SDE churn {plain(churn)}"
     if (guidance := protocol.get("guidance")) not in (None, 1):
