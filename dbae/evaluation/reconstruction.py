@@ -125,8 +125,8 @@ def sample_images(
 ) -> Samples:
     """Sample from x_T (N, 3, S, S), given z (N, latent_dim), with the config's sampler.
 
-    The sampler's noise i (churn's, DBIM's) depends on `config.seed`, the step and positions[i] alone, so that images of the
-    same position differ by their z and x_T only.
+    The sampler's noise i (churn's, DBIM's) depends on `config.seed`, the step and positions[i]
+    alone, so that images of the same position differ by their z and x_T only.
     """
     step = itertools.count()
 
