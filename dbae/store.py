@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint
-from .errors import UserError
+from .errors import UserError, in_words
 from .files import hash_file, require_space, write_text
 from .remote import Mirror
 from .runlog import BAD_STEPS
@@ -272,9 +272,11 @@ class CheckpointStore:
 
     def settle(self) -> None:
         """Wait until the mirror has all checkpoints. UserError where it cannot have them."""
+        if self._mirror is None:
+            return
         if self._uploading is not None:
             self._uploading.result()
-            self._upload()  # what was saved meanwhile, or could not be copied
+        self._upload()  # what was saved meanwhile, or could not be copied
 
     def _start_upload(self) -> None:
         # One that is still running leaves what it does not see to the next.
@@ -284,8 +286,10 @@ class CheckpointStore:
     def _try_upload(self) -> None:
         try:
             self._upload()
-        except UserError as error:
-            self._say(f"not mirrored: {error}; it is tried again with the next checkpoint")
+        except (OSError, UserError) as error:  # OSError: deleted meanwhile, as an old one
+            self._say(
+                f"not mirrored: {in_words(error)}; it is tried again with the next checkpoint"
+            )
 
     def _upload(self) -> None:
         assert self._mirror is not None

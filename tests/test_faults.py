@@ -962,3 +962,7 @@ Mirror.upload = lost
     assert code == 2 and one_line(err) == "error: cannot upload: connection refused"
     assert "not mirrored: cannot upload: connection refused; it is tried again" in running.out
     assert "step=6/6" in running.out and (tmp_path / RUN / "state_000006.pt").exists()
+    # The same command again makes up for it.
+    assert "mirrored the checkpoint of step 6" in resume(
+        tmp_path, f"--mirror={tmp_path / 'elsewhere'}"
+    )
