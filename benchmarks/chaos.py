@@ -140,9 +140,8 @@ def _round(command: list[str], workdir: Path, dice: random.Random) -> Round:
         trouble += f"a traceback: {err[-300:]!r}; "
     if left := _survivors(workdir):
         trouble += f"processes {left} survived; "
-    if code != 0:
-        _damage(damage, workdir / RUN)
-    return Round(fault, moment, damage if code else "none", code, trouble)
+    damage = _damage(damage, workdir / RUN) if code else "none"
+    return Round(fault, moment, damage, code, trouble)
 
 
 def _wait_for(
@@ -232,17 +231,18 @@ def _newest(folder: Path) -> int:
     return max((int(path.stem.rpartition("_")[2]) for path in folder.glob("state_*.pt")), default=0)
 
 
-def _damage(kind: str, folder: Path) -> None:
-    """Damage one file of the newest of several checkpoints."""
+def _damage(kind: str, folder: Path) -> str:
+    """Damage one file of the newest of several checkpoints; what was really done."""
     steps = sorted(folder.glob("state_*.pt"))
     if kind == "none" or len(steps) < 2:
-        return
+        return "none"
     data = bytearray(steps[-1].read_bytes())
     if kind == "bit flip":
         data[len(data) // 3] ^= 4
     else:
         del data[len(data) // 3 :]
     steps[-1].write_bytes(data)
+    return kind
 
 
 def _difference(found: Path, expected: Path) -> str:
