@@ -794,6 +794,26 @@ ImageDataset.__getitem__ = item
     assert_same_run(tmp_path / FOLDER_RUN, without_workers, 12)
 
 
+@pytest.mark.parametrize("error", ["ConnectionResetError(104, 'Connection reset')", "EOFError"])
+def test_f12_a_worker_that_dies_while_it_hands_over_a_batch_is_replaced(
+    error: str, pictures: list[str], without_workers: Path, tmp_path: Path
+) -> None:
+    """What torch then raises, at the fourth batch; the moment itself cannot be met at will."""
+    fault = f"""
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
+real, calls = Iterator._try_get_data, []
+def get(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 4: raise {error}
+    return real(self, *args, **kwargs)
+Iterator._try_get_data = get
+"""
+    code, err = Running(tmp_path, *pictures, "--num_workers=1", fault=fault).end()
+    assert code == 0, err
+    assert "a data-loading worker went away (" in one_line(err)
+    assert_same_run(tmp_path / FOLDER_RUN, without_workers, 12)
+
+
 def test_f12_workers_that_never_live_end_the_run_in_one_line(
     pictures: list[str], tmp_path: Path
 ) -> None:

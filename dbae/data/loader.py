@@ -74,7 +74,7 @@ def load_batches(
             signal.signal(signal.SIGCHLD, before)
         yield from _patiently(iterator, timeout_s)
     except Exception as error:
-        mistake = user_error_from_worker(error) or _lost(error)
+        mistake = user_error_from_worker(error) or (_lost(error) if num_workers else None)
         if mistake is None:
             raise
         if isinstance(mistake, WorkerLost):
@@ -112,6 +112,9 @@ def _lost(error: Exception) -> WorkerLost | None:
     text = str(error)
     if isinstance(error, MemoryError):
         return WorkerLost("data loading ran out of memory; use fewer --num_workers")
+    if isinstance(error, (OSError, EOFError)) and not text.startswith("Caught "):
+        # Not of the data, but of the connection over which a batch was being handed over.
+        return WorkerLost(f"a data-loading worker went away ({text or type(error).__name__})")
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return WorkerLost(
             f"{' '.join(text.split())}: killed, perhaps for memory (--num_workers, /dev/shm)"
