@@ -70,8 +70,8 @@ class Trainer:
         model_config, config: what to train, and how.
         context: this process among the others.
         resume: a checkpoint to start from. One without a training state beside it (a released
-            file) gives its weights only. When the run's folder already has checkpoints, one from
-            elsewhere was that run's start, and the run goes on from its own newest.
+            file) gives its weights only. Of a run that has checkpoints of its own, see
+            `dbae.resume.find_start`.
         command: recorded in config.json.
 
     Raises:
