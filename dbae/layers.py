@@ -8,6 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class GroupNorm(nn.GroupNorm):
@@ -50,22 +51,20 @@ class Attention(nn.Module):
         self.heads = heads
         self.norm = GroupNorm(channels)
         self.qkv = conv(channels, 3 * channels, 1)
-        self.proj_out = zero_init(conv(channels, channels, 1))
+        self.proj_out = conv(channels, channels, 1)
+        zero_init(self.proj_out)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        flat = x.flatten(2)
-        is_2d = isinstance(self.qkv, nn.Conv2d)
-        h = self.norm(flat)
-        qkv = self.qkv(h.view_as(x) if is_2d else h).flatten(2)
-        # The fast kernels need each head's positions × channels contiguous: a transposed view
-        # falls back to the slow one (measured 0.93× instead of 1.15× of plain attention).
-        qkv = qkv.view(batch, self.heads, 3, channels // self.heads, height * width)
-        q, k, v = qkv.transpose(3, 4).contiguous().unbind(2)
-        attended = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
-        h = attended.transpose(2, 3).reshape(batch, channels, height * width)
-        h = self.proj_out(h.view_as(x) if is_2d else h)
-        return cast(Tensor, x + h.view_as(x))
+        # Positions × channels, with each head's channels side by side, is what the fast attention
+        # kernels read as it is, and what a channels-last map is in memory.
+        h = self.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        qkv = F.linear(h, self.qkv.weight.flatten(1), self.qkv.bias)
+        qkv = qkv.view(batch, height * width, self.heads, 3, channels // self.heads)
+        q, k, v = qkv.transpose(1, 2).unbind(3)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
+        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + h.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class Resample(nn.Module):
@@ -131,20 +130,31 @@ class ResBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """A sequence whose residual blocks also receive the condition."""
+    """A sequence whose residual blocks also receive the condition.
+
+    recompute: keep no activations for the backward pass, which computes them again.
+    """
+
+    recompute = False
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._apply_all, x, emb, use_reentrant=False)
+        return self._apply_all(x, emb)
+
+    def _apply_all(self, x: Tensor, emb: Tensor | None) -> Tensor:
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
 class SpectralNorm(nn.Module):
-    """Base of convolutions whose weight is divided by its largest singular value.
+    """Base of layers whose weight is divided by its largest singular value σ.
 
     Holds `weight_orig`, `weight_u`, `weight_v`, PyTorch's older form, which is the released
     format. One power iteration per forward pass in training mode, none in eval mode; gradients
-    flow through σ = uᵀ W v with u and v fixed (Miyato et al. 2018, arXiv 1802.05957).
+    flow through σ = uᵀ W v with u and v fixed (Miyato et al. 2018, arXiv 1802.05957). As the layers
+    are linear, their input is divided in place of the weight, which is far larger.
     """
 
     weight_u: Tensor
@@ -157,6 +167,7 @@ class SpectralNorm(nn.Module):
         matrix = self._matrix()
         self.register_buffer("weight_u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
+        self._kept: tuple[list[tuple[int, int]], Tensor] | None = None
         self.power_iteration(15)
 
     def _matrix(self) -> Tensor:
@@ -171,14 +182,28 @@ class SpectralNorm(nn.Module):
             self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
             self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
 
-    def weight(self) -> Tensor:
-        """weight_orig / σ, float32 also under autocast."""
+    def inverse_norm(self) -> Tensor:
+        """1/σ, float32 also under autocast, of shape ()."""
         with torch.autocast(self.weight_orig.device.type, enabled=False):
             if self.training:
                 self.power_iteration()
             # Clones, since the next forward pass changes u and v before this backward pass ends.
-            sigma = self.weight_u.clone() @ self._matrix() @ self.weight_v.clone()
-            return self.weight_orig / sigma
+            return 1 / (self.weight_u.clone() @ self._matrix() @ self.weight_v.clone())
+
+    def scale(self) -> Tensor:
+        """`inverse_norm`, which in eval mode without gradients is kept until something changes."""
+        sources = (self.weight_orig, self.weight_u, self.weight_v)
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(source.is_inference() for source in sources)  # these do not count changes
+        ):
+            return self.inverse_norm()
+        state = [(source.data_ptr(), source._version) for source in sources]
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, self.inverse_norm())
+        return self._kept[1]
 
 
 class SpectralConv2d(SpectralNorm):
@@ -189,15 +214,16 @@ class SpectralConv2d(SpectralNorm):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight(), padding=self.padding)
+        return F.conv2d(x * self.scale(), self.weight_orig, padding=self.padding)
 
 
 class SpectralConvTranspose2d(SpectralNorm):
-    """Transposed convolution without bias, stride 1, under spectral norm."""
+    """Transposed convolution without bias of a 1×1 map, under spectral norm: a linear layer."""
 
     def __init__(self, channels: int, out_channels: int, kernel: int) -> None:
         weight = nn.ConvTranspose2d(channels, out_channels, kernel).weight.detach()
         super().__init__(weight, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, self.weight())
+        y = (x.flatten(1) * self.scale()) @ self.weight_orig.flatten(1)
+        return y.view(len(x), *self.weight_orig.shape[1:])

@@ -13,6 +13,7 @@ from typing import Any
 from .bridge import SCHEDULES, WEIGHT_SCHEDULES
 from .cli import option
 from .errors import UserError
+from .precision import PRECISIONS
 
 IMAGE_SIZES = (32, 64, 128, 256)
 
@@ -111,7 +112,15 @@ class TrainConfig:
         "real-uniform", "distribution of training times", choices=("real-uniform", "lognormal")
     )
     flip: bool = option(True, "random horizontal flips")
-    precision: str = option("fp32", "arithmetic of the networks", choices=("fp32", "bf16", "fp16"))
+    precision: str = option(
+        "auto",
+        "arithmetic of the networks; auto: bf16 where the device is made for it, else fp32",
+        choices=PRECISIONS,
+    )
+    compile: bool = option(False, "compile the networks at the start (torch.compile)")
+    activation_checkpointing: bool = option(
+        False, "less memory for more time: keep few activations, compute them again backwards"
+    )
     seed: int = option(0, "everything random is a function of this and the sample's position")
     max_bad_steps: int = option(
         10, "so many steps in a row whose loss or gradient is not finite end the run"

@@ -35,6 +35,8 @@ from .errors import Stopped, UserError
 from .guard import StepGuard
 from .lock import FolderLock
 from .model import DBAE
+from .optimizer import RAdam
+from .precision import choose, require_compiler
 from .presets import ModelConfig, TrainConfig
 from .random import fold, normal, uniform
 from .remote import Mirror
@@ -52,7 +54,6 @@ _LOCAL_BUFFERS: dict[str, Any] = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     else {"broadcast_buffers": False}
 )
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def experiment_name(dataset: str, model: ModelConfig) -> str:
@@ -91,8 +92,9 @@ class Trainer:
         self.stop = StopRequest(config.max_minutes)
         self.folder = Path(config.workdir) / experiment_name(config.dataset, model_config)
         with context.together():
-            if config.precision == "fp16" and self.device.type != "cuda":
-                raise UserError("--precision fp16 needs a CUDA GPU; use bf16 or fp32 here")
+            choose(config.precision, self.device)
+            if config.compile:
+                require_compiler(self.device)
             source = (config.dataset, config.data_dir, model_config.image_size)
             self.dataset = open_dataset(*source, config.split, config.bad_images)
             self.pictures = self.dataset
@@ -108,10 +110,10 @@ class Trainer:
         self.global_batch = config.batch_size * context.world_size
 
         torch.manual_seed(fold(config.seed, "initial weights"))
-        self.model = DBAE(model_config).to(self.device)
+        self.model = DBAE(model_config).to(self.device).accelerate(config.precision)
         self.ema = Ema(self.model, config.ema_rate)
-        self.optimizer = torch.optim.RAdam(self.model.parameters(), lr=config.lr)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.optimizer = RAdam(self.model.parameters(), lr=config.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.model.precision == "fp16")
         self.guard = StepGuard(config.max_bad_steps, config.max_spike)
         self.step = self.position = self.replaced = 0
         self.sums = Sums(model_config.latent_dim, self.device)
@@ -124,6 +126,10 @@ class Trainer:
             with context.together():
                 if context.is_main:
                     self._open_log(notes)
+            if config.activation_checkpointing:
+                self.model.checkpoint_activations()
+            if config.compile:
+                self.model.compile_networks()
             self.wrapped = self._wrapped()
         except BaseException:
             self.close()
@@ -156,8 +162,7 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         count, size = min(self.config.microbatch, self.config.batch_size), self.dataset.size
         images = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=self.device)
-        with self._autocast():
-            terms = wrapped(*self._draw(to_model_range(images), range(count)))
+        terms = wrapped(*self._draw(to_model_range(images), range(count)))
         terms["loss"].sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
@@ -215,8 +220,7 @@ class Trainer:
             x0, t, noise, latent_noise = self._draw(images[part], positions[part])
             torch.manual_seed(fold(config.seed, "dropout", positions[start]))
             with self._gradient_sync(start == starts[-1]):
-                with self._autocast():
-                    terms = self.wrapped(x0, t, noise, latent_noise)
+                terms = self.wrapped(x0, t, noise, latent_noise)
                 loss = terms["loss"].sum() / config.batch_size
                 # A loss that is not finite spoils the gradients, whose mean tells every rank.
                 spoil = torch.where(loss.isfinite(), 1.0, float("nan"))
@@ -372,10 +376,6 @@ class Trainer:
         return load_batches(
             self.dataset, batches, self.workers, self.device.type == "cuda", config.timeout_s / 2
         )
-
-    def _autocast(self) -> torch.autocast:
-        dtype = _DTYPES[self.config.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _gradient_sync(self, now: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are averaged over ranks with the last micro-batch only."""
@@ -590,7 +590,7 @@ class Trainer:
             f"{self.model.config.schedule} bridge",
             f"batch   {self.global_batch} images a step = {config.batch_size} × "
             f"{self.context.world_size} process(es) on {self.device.type}, "
-            f"micro-batch {min(config.microbatch, config.batch_size)}, {config.precision}",
+            f"micro-batch {min(config.microbatch, config.batch_size)}, {self.model.precision}",
             f"steps   {config.max_steps}, a checkpoint every {config.save_interval}, "
             f"{self._kept()}",
             *notes,

@@ -16,7 +16,7 @@ from dbae.evaluation.reconstruction import ReconstructionConfig
 from dbae.evaluation.regression import RegressionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ["checkpoint", "schedule", "stochastic", "end_data", "device"]
+MODEL = ["checkpoint", "schedule", "stochastic", "end_data", "device", "precision", "compile"]
 SAMPLING = [
     "batch_size", "sampler", "steps", "rho", "churn", "guidance", "eta", "order", "latent", "seed",
     "bad_images", "output_dir",

@@ -23,7 +23,7 @@ TRAIN = [sys.executable, str(ROOT / "scripts" / "dbae_train.py")]
 SMALL = [
     "--attention_resolutions=", "--endpoint_channels=4", "--latent_dim=6", "--dropout=0.1",
     "--stochastic=true", "--flip=true", "--batch_size=4", "--microbatch=2", "--log_interval=1",
-    "--sample_interval=0", "--device=cpu",
+    "--sample_interval=0", "--device=cpu", "--precision=fp32",
 ]  # fmt: skip
 RUN = "demo32_32_6d_true_vp"
 TIMED_COLUMNS = ("images_per_s", "seconds")

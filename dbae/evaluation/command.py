@@ -12,6 +12,7 @@ from ..checkpoint import load_model, local
 from ..distributed import DEVICES, Context, join
 from ..errors import UserError
 from ..model import DBAE
+from ..precision import PRECISIONS
 from .probing import ProbeConfig, Task, run
 from .results import METRICS_FILE
 
@@ -45,6 +46,22 @@ def parser(description: str | None, config: type) -> argparse.ArgumentParser:
             metavar="true|false" if convert is cli.parse_bool else None,
         )
     made.add_argument("--device", default="auto", choices=DEVICES, help="(default: auto)")
+    made.add_argument(
+        "--precision",
+        default="fp32",
+        choices=PRECISIONS,
+        help="arithmetic of the networks; auto: bf16 where the device is made for it, else fp32 "
+        "(default: fp32, in which an image's figures do not depend on its batch)",
+    )
+    made.add_argument(
+        "--compile",
+        nargs="?",
+        const=True,
+        default=False,
+        type=cli.parse_bool,
+        metavar="true|false",
+        help="compile the networks at the start, torch.compile (default: false)",
+    )
     cli.add_flags(made, config)
     return made
 
@@ -55,7 +72,8 @@ def loaded(options: argparse.Namespace) -> Iterator[tuple[DBAE, Context]]:
     names = ("schedule", "stochastic", "end_data")
     overrides = {name: getattr(options, name) for name in names if hasattr(options, name)}
     with join(options.device, timeout_s=_TIMEOUT_S) as context:
-        yield load_model(options.checkpoint, context.device, **overrides), context
+        model = load_model(options.checkpoint, context.device, **overrides)
+        yield model.accelerate(options.precision, options.compile), context
 
 
 def check_trained_on(model: DBAE, dataset: str) -> None:

@@ -46,7 +46,15 @@ _PART_IMAGES = 1024  # that a kill may cost each rank: a part is kept when so ma
 _QUERIES, _NEAREST = 6, 7  # rows and columns beside the query of neighbours.png
 _ARRAYS = ("mean", "log_sigma", "flipped_mean", "flipped_log_sigma")
 # What must agree for a cache to be used again.
-_IDENTITY = ("checkpoint_sha256", "model", "fingerprint", "transform", "size")
+# What must agree for a cache to serve: a fact's name, and what one is called where it does not.
+_IDENTITY = {
+    "checkpoint_sha256": "of another checkpoint",
+    "model": "of another model",
+    "precision": "of another --precision",
+    "fingerprint": "of other images",
+    "transform": "of images cut otherwise",
+    "size": "of images of another size",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,12 +326,7 @@ def _from_cache(
     except UserError:
         return None, "damaged"
     ours = json.loads(json.dumps({name: facts[name] for name in _IDENTITY}))
-    for name, what in zip(
-        _IDENTITY,
-        ("of another checkpoint", "of another model", "of other images", "of images cut otherwise",
-         "of images of another size"),
-        strict=True,
-    ):  # fmt: skip
+    for name, what in _IDENTITY.items():
         if kept.provenance.get(name) != ours[name]:
             return None, what
     if len(kept) < count:

@@ -114,6 +114,7 @@ def model_facts(model: DBAE, checkpoint: Path | None) -> dict[str, Any]:
         "model": dataclasses.asdict(model.config),
         "schedule": model.config.schedule,
         "end_data": model.config.end_data,
+        "precision": model.precision,
     }
 
 
