@@ -17,6 +17,7 @@ from . import published
 from .disentanglement import tad
 from .features import Features
 from .probes import (
+    LOGISTIC_PENALTIES,
     classification_base_rate,
     classification_scores,
     fit_logistic,
@@ -74,8 +75,8 @@ class Classification:
             about = {"probe": "paper", "best_epoch": paper.best_epoch, "history": paper.history}
             yield Fitted(paper.probe, about, BEST)
         if config.protocol != "paper":
-            k = len(parts.names)
-            shown = Progress("fitted", k, k, active=context.is_main, unit="attributes")
+            k = len(LOGISTIC_PENALTIES)
+            shown = Progress("fitted", k, k, active=context.is_main, unit="penalties")
             fitted = fit_logistic(
                 found.train,
                 targets,
