@@ -39,10 +39,10 @@ newest_model() {
     printf '%s' "$best"
 }
 
-# evaluate MODEL: 256 unseen images with 10 Euler steps, beside two simple baselines; probes of z;
+# evaluate MODEL: 256 unseen images with 5 steps of exp, beside two simple baselines; probes of z;
 # strips; the page.
 evaluate() {
-    local model="$1" sampler=(0 1 test 7 euler 10 false)
+    local model="$1" sampler=(0 1 test 7 exp 5 false)
     bash "$REPO/recon_dbae.sh" demo vp "$model" "${sampler[@]}" \
         --num_samples 256 --baselines true
     echo

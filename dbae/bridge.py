@@ -121,6 +121,14 @@ class Bridge:
         t = _as_float64(t)
         return torch.expm1(self._log_growth(t)) if self.is_vp else t**2
 
+    def time_of(self, rho_squared: Tensor) -> Tensor:
+        """The inverse of `rho_squared`: t where ρ_t² has these values."""
+        rho2 = _as_float64(rho_squared)
+        if not self.is_vp:
+            return rho2.sqrt()
+        growth = 2 * torch.log1p(rho2)  # β_d t² + 2 β_min t
+        return growth / (self.beta_min + torch.sqrt(self.beta_min**2 + self.beta_d * growth))
+
     def rho_squared_left(self, t: Tensor) -> Tensor:
         """ρ_T² − ρ_t², without the cancellation of that difference near T."""
         t = _as_float64(t)

@@ -16,7 +16,7 @@ from .errors import UserError
 from .layers import Stage
 from .precision import autocast, choose, require_compiler
 from .presets import ModelConfig, get_preset
-from .sampling import Samples, sample
+from .sampling import FEW, Samples, best_with_few, sample
 from .unet import UNet
 
 
@@ -203,8 +203,8 @@ class DBAE(nn.Module):
     def reconstruct(
         self,
         x0: Tensor,
-        sampler: str = "heun",
-        steps: int = 10,
+        sampler: str | None = None,
+        steps: int = FEW,
         *,
         mean: bool = True,
         generator: torch.Generator | None = None,
@@ -212,13 +212,15 @@ class DBAE(nn.Module):
     ) -> Tensor:
         """Encode, decode the endpoint and sample: (N, 3, S, S) → the same, in [−1, 1].
 
-        Done in eval mode, whatever the model's mode. A stochastic encoder's mean is used unless
-        `mean` is false. Other options as `dbae.sample`; no sampler needs another training.
+        Done in eval mode, whatever the model's mode. The default sampler is the best one with few
+        steps (`sampling.best_with_few`). A stochastic encoder's mean is used unless `mean` is
+        false. Other options as `dbae.sample`; no sampler needs another training.
         """
         training = self.training
         try:
             self.eval()
             z = self.encode(x0, mean=mean, generator=generator)
+            sampler = sampler or best_with_few(self.bridge)
             out = self.sample(z, sampler=sampler, steps=steps, generator=generator, **options)
         finally:
             self.train(training)

@@ -42,6 +42,7 @@ from .random import fold, normal, uniform
 from .remote import Mirror
 from .resume import find_start
 from .runlog import BAD_STEPS, RunLog
+from .sampling import FEW, best_with_few
 from .stop import StopRequest
 from .store import CheckpointStore, require_same_run
 from .sums import Sums
@@ -412,7 +413,9 @@ class Trainer:
         with torch.no_grad():
             z = model.encode(to_model_range(originals).to(self.device), mean=True)
             x_T = model.endpoint(z)
-            rows = [originals, to_uint8(x_T), to_uint8(model.sample(z, x_T, steps=10).images)]
+            sampler = best_with_few(model.bridge)
+            made = model.sample(z, x_T, sampler=sampler, steps=FEW).images
+            rows = [originals, to_uint8(x_T), to_uint8(made)]
         grid = image_grid(torch.cat([row.cpu() for row in rows]), count)
         path = self.folder / "samples" / f"{self.step:06d}.png"
         path.parent.mkdir(exist_ok=True)

@@ -135,8 +135,9 @@ SAMPLING_DETAILS="
   GUIDANCE          1 in every documented run
   SPLIT             part of the data set: train, valid, test, all
   RHO               curvature of the time grid (7; 1 is uniform)
-  GEN_SAMPLER       euler, heun, or dbim (few steps; --order 1|2|3, --eta; with churn 0, guidance 1)
-  N                 points of the time grid; of dbim: steps
+  GEN_SAMPLER       euler, heun; exp (5 steps do; RHO 7, churn 0, guidance 1);
+                    dbim (--order 1|2|3, --eta; churn 0, guidance 1)
+  N                 points of the time grid; of dbim and exp: steps
   STO               does the model have a stochastic encoder: true or false"
 ENVIRONMENT_DETAILS="
 
@@ -159,7 +160,7 @@ launch_sampling() {
     number CHURN_STEP_RATIO "${POSITIONAL[3]}"
     number GUIDANCE "${POSITIONAL[4]}"
     number RHO "${POSITIONAL[6]}"
-    one_of GEN_SAMPLER "${POSITIONAL[7]}" euler heun dbim
+    one_of GEN_SAMPLER "${POSITIONAL[7]}" euler heun dbim exp
     positive_integer N "${POSITIONAL[8]}"
     one_of STO "${POSITIONAL[9]}" true false
     local arguments=(

@@ -143,3 +143,10 @@ def test_unknown_schedules_are_named() -> None:
         Bridge("vq")
     with pytest.raises(UserError, match="'snr2' is not one of bridge_karras"):
         Bridge("vp", weight_schedule="snr2")
+
+
+@pytest.mark.parametrize("schedule", ["vp", "ve"])
+def test_the_time_of_a_noise_level_is_found_again(schedule: str) -> None:
+    bridge = Bridge(schedule)
+    t = torch.linspace(bridge.t_min, bridge.T, 50, dtype=torch.float64)
+    torch.testing.assert_close(bridge.time_of(bridge.rho_squared(t)), t, rtol=1e-9, atol=0)

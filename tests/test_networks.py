@@ -144,6 +144,16 @@ def test_every_size_trains_and_samples_with_any_latent(size: int, stochastic: bo
     assert model.encode(x0).shape == (2, 7)
 
 
+def test_the_default_reconstruction_takes_five_calls_whatever_the_bridge() -> None:
+    x0 = torch.rand(1, 3, 32, 32) * 2 - 1
+    for options, sampler in (({}, "exp"), ({"end_data": 0.0}, "euler")):
+        model = create_model("demo", **options).eval()
+        calls: list[int] = []
+        found = model.reconstruct(x0, callback=lambda step, to=calls: to.append(step.nfe))
+        assert calls == [1, 2, 3, 4, 5]
+        assert torch.equal(found, model.reconstruct(x0, sampler, 5))
+
+
 def test_gradients_reach_encoder_and_endpoint_through_x_T_and_z() -> None:
     model = create_model("demo")
     x0 = torch.rand(4, 3, 32, 32) * 2 - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import re
@@ -32,6 +33,7 @@ from dbae.sampling import (
     euler,
     heun,
     karras_grid,
+    signal_grid,
     spaced,
 )
 
@@ -378,6 +380,7 @@ def test_the_whole_of_dbim_approaches_the_exact_image(
         ("dbim", {"order": 1}, 8),
         ("dbim", {"order": 1, "eta": 1.0}, 8),
         ("dbim", {"order": 3}, 8),
+        ("exp", {}, 7),
     ],
 )
 def test_nfe_counts_every_denoiser_call(sampler: str, options: dict[str, Any], nfe: int) -> None:
@@ -420,7 +423,7 @@ def test_the_same_generator_gives_the_same_images_and_noise_replaces_it() -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "rk4"}, "sampler 'rk4' is unknown; choose one of euler, heun, dbim"),
+        ({"sampler": "rk4"}, "sampler 'rk4' is unknown; choose one of euler, heun, dbim, exp"),
         ({"steps": 0}, "steps 0 must be at least 1"),
         ({"churn": 1.0}, "churn 1.0 must lie in"),
         ({"rho": 0.0}, "rho 0.0 must be positive"),
@@ -431,6 +434,11 @@ def test_the_same_generator_gives_the_same_images_and_noise_replaces_it() -> Non
         ({"sampler": "dbim", "guidance": 2.0}, "guidance 2.0 has no meaning for sampler dbim"),
         ({"sampler": "euler", "order": 3}, "order 3 has no meaning for sampler euler"),
         ({"sampler": "heun", "eta": 1.0}, "eta 1.0 has no meaning for sampler heun"),
+        ({"sampler": "exp", "order": 3}, "order 3 has no meaning for sampler exp"),
+        (
+            {"sampler": "exp", "rho": 1.0},
+            "rho 1.0 has no meaning for sampler exp; leave it out .it is for euler and heun and",
+        ),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
@@ -440,14 +448,118 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
         ReconstructionConfig(**options)
 
 
-def test_dbim_refuses_a_model_without_end_data_which_has_no_scale_at_T() -> None:
+@pytest.mark.parametrize("sampler", ["dbim", "exp"])
+def test_a_model_without_end_data_which_has_no_scale_at_T_is_refused(sampler: str) -> None:
     def run(schedule: str) -> Tensor:
         bridge = Bridge(schedule, sigma_data_end=0.0)
-        return sample(lambda x, t: 0 * x, torch.zeros(1, 1), bridge, "dbim", 2).images
+        return sample(lambda x, t: 0 * x, torch.zeros(1, 1), bridge, sampler, 2).images
 
     with pytest.raises(UserError, match="end_data 0"):
         run("vp")
     assert run("vp_simple").isfinite().all()  # it is not scaled at all
+
+
+class TwoHills:
+    """x_0 ~ 0.7 N(0.6, 0.3²) + 0.3 N(−0.6, 0.3²), whatever x_T: its exact denoiser."""
+
+    def __init__(self, bridge: Bridge, x_T: Tensor) -> None:
+        self.bridge, self.x_T = bridge, x_T
+
+    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
+        a, b, c = (k[:, None] for k in self.bridge.coefficients(t))
+        variance = (0.3 * b) ** 2 + c**2
+        rest = x - a * self.x_T
+        at_T = variance == 0  # where x is x_T and tells nothing
+        slope = torch.where(at_T, 0.0, rest * b / variance.clamp(min=1e-300))
+        share = torch.sigmoid(math.log(7 / 3) + 2 * 0.6 * slope)
+        centre = 0.6 * (2 * share - 1)
+        gain = torch.where(at_T, 0.0, b * 0.3**2 / variance.clamp(min=1e-300))
+        return centre + gain * (rest - b * centre)
+
+
+@pytest.mark.parametrize("schedule", ["vp", "ve"])
+def test_exp_is_exact_for_gaussian_data_with_a_single_call(schedule: str) -> None:
+    """The middle of what lies above x_T is its mean, and D is that mean all along the path."""
+    problem = Gaussian(Bridge(schedule), _ENDPOINTS)
+    for steps in (1, 2, 5, 40):
+        out = sample(
+            problem.denoise, _ENDPOINTS, problem.bridge, "exp", steps, clip=False, noise=_never
+        )
+        torch.testing.assert_close(out.images, problem.m, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["vp", "ve"])
+def test_exp_converges_on_its_own_grid_to_the_middle_quantile(schedule: str) -> None:
+    """The ODE keeps quantiles: u = 0 at T is the median of x_0, where its distribution is 1/2."""
+    bridge = Bridge(schedule)
+    problem = TwoHills(bridge, _ENDPOINTS)
+
+    def below(x: float) -> float:
+        return sum(
+            p * (1 + math.erf((x - m) / (0.3 * math.sqrt(2)))) / 2
+            for p, m in ((0.7, 0.6), (0.3, -0.6))
+        )
+
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < 0.5 else (low, middle)
+    errors = []
+    for steps in (5, 100, 200):
+        out = sample(problem.denoise, _ENDPOINTS, bridge, "exp", steps, clip=False)
+        errors.append(float((out.images - low).abs().max()))
+    assert errors[0] < 0.1
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("schedule", ["vp", "ve"])
+def test_the_grid_of_exp_is_even_in_the_signal_to_noise_ratio(schedule: str) -> None:
+    bridge, steps = Bridge(schedule), 9
+    times = signal_grid(bridge, steps)
+    assert times[0] == bridge.T and times[-1] == 0 and len(times) == steps + 1
+    _, b, c = bridge.coefficients(torch.tensor(times[1:-1], dtype=torch.float64))
+    expected = [4 * (i / (steps - i)) ** 1.5 for i in range(1, steps)]
+    np.testing.assert_allclose(b / c, expected, rtol=1e-10)
+    assert signal_grid(bridge, 1) == [bridge.T, 0.0]
+
+
+def test_the_slope_from_x_T_is_half_that_of_the_ode() -> None:
+    """Why Euler's first step stays behind: x_T lies beside the solution, however close to T."""
+    bridge = Bridge("vp")
+    problem, t = Gaussian(bridge, _ENDPOINTS), bridge.T - 1e-4
+    field = ReverseField(Estimate(problem.denoise, clip=False), _ENDPOINTS, bridge, [t], 1.0)
+    at_x_T, on_path = field(_ENDPOINTS, t), field(problem.marginal(t)[0], t)
+    torch.testing.assert_close(at_x_T / on_path, torch.full_like(at_x_T, 0.5), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("ratio", [6, 20, 1000])
+def test_the_slope_of_a_long_step_near_0_throws_heun_off(ratio: float) -> None:
+    """x − D must shrink by √(t'/t); Heun multiplies it by 1 − (1 − t'/t)(3 + t/t')/8."""
+    bridge, zero = Bridge("vp"), torch.zeros(1, 1, dtype=torch.float64)
+    t_next = 1e-7
+    times = [t_next * ratio, t_next]
+    field = ReverseField(Estimate(lambda x, t: 0 * x, False), zero, bridge, times, 1.0)
+    found = float(heun(field, zero + 1, *times))
+    assert found == pytest.approx(1 - (1 - 1 / ratio) * (3 + ratio) / 8, rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "euler"},
+        {"sampler": "heun"},
+        {"sampler": "heun", "churn": 0.3},
+        {"sampler": "dbim", "order": 1, "eta": 1.0},
+        {"sampler": "dbim", "order": 3},
+        {"sampler": "exp"},
+    ],
+)
+def test_no_step_waits_for_a_value_from_the_device(options: dict[str, Any]) -> None:
+    """The meta device has no values: reading one (`item`, `if`, a copy to the host) raises."""
+    model = dbae.create_model("demo", stochastic=False).eval().to("meta")
+    z, x_T = (torch.empty(2, *shape, device="meta") for shape in ((24,), (3, 32, 32)))
+    out = model.sample(z, x_T, steps=4, noise=torch.empty_like, **options)
+    assert out.images.device.type == "meta" and out.images.shape == x_T.shape
 
 
 @pytest.mark.parametrize("options", [{"order": 2}, {"order": 1, "eta": 1.0}])
@@ -484,19 +596,35 @@ def test_the_name_of_a_dbim_folder_tells_its_order_and_eta(tmp_path: Path) -> No
 def test_the_quality_curve_holds_every_sampler_at_the_number_of_calls(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, str(root / "benchmarks" / "quality_nfe.py")]
-    command += [str(root / "assets" / "demo_model.pt"), "--num_samples", "1", "--nfe", "2,3"]
+    command += [str(root / "assets" / "demo_model.pt"), "--first", "5", "--num_samples", "2"]
+    command += ["--nfe", "2,3", "--rho", "1,7", "--goal", "4", "--limit", "6"]
+    command += ["--output", str(tmp_path / "curve.png"), "--json", str(tmp_path / "curve.json")]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "curve.png")],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(\S.*?)  +(\d+)  +(\S.*?)  +0\.\d+ ±", done.stdout, re.MULTILINE)
-    assert [(name, int(nfe)) for name, nfe, _ in rows] == [
-        ("x_T", 0), ("Euler", 2), ("Euler", 3), ("Heun", 1), ("Heun", 3),
-        ("Euler, churn 0.33", 2), ("Heun, churn 0.33", 2), ("DBIM-1, η 0", 2), ("DBIM-1, η 0", 3),
-        ("DBIM-1, η 1", 2), ("DBIM-1, η 1", 3), ("DBIM-2", 2), ("DBIM-2", 3), ("DBIM-3", 2),
-        ("DBIM-3", 3),
-    ]  # fmt: skip
-    assert rows[-1][2] == "dbim-2 order 3"
-    assert "the first 1 images of demo test; seed 0" in done.stdout
+    content = json.loads((tmp_path / "curve.json").read_text())
+    rows = content["rows"]
+    expected = [("x_T", 0), ("Euler, ρ 7", 4), ("Exp", 2), ("Exp", 3)]
+    for name, calls in (
+        ("Euler", (2, 3)), ("Heun", (1, 3)), ("Euler, churn 0.33", (2,)),
+        ("Heun, churn 0.33", (2,)), ("DBIM-1, η 0", (2, 3)), ("DBIM-1, η 1", (2, 3)),
+        ("DBIM-2", (2, 3)), ("DBIM-3", (2, 3)),
+    ):  # fmt: skip
+        expected += [(f"{name}, ρ {rho}", nfe) for rho in (1, 7) for nfe in calls]
+    assert [(row["method"], row["nfe"]) for row in rows] == expected
+    table = re.findall(r"^(\S.*?)  +(\d+)  +(\S.*?)  +0\.\d+  +[+-]0", done.stdout, re.MULTILINE)
+    assert [(name, int(nfe)) for name, nfe, _ in table] == expected
+    assert rows[-1]["sampler"] == table[-1][2] == "dbim-2 order 3"
+    assert "images 5 to 6 of demo test; seed 0" in content["protocol"]
+    assert "images 5 to 6 of demo test; seed 0" in done.stdout
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    goal, exp = rows[1], rows[3]
+    assert goal["to_goal"]["mse"] == {"mean": 0, "stderr": 0, "n": 2}
+    first, second = (exp["per_image"]["mse"][i] - goal["per_image"]["mse"][i] for i in (0, 1))
+    assert exp["to_goal"]["mse"]["mean"] == pytest.approx((first + second) / 2)
+    assert exp["to_goal"]["mse"]["stderr"] == pytest.approx(abs(first - second) / 2)
+    assert 0 < exp["to_limit"] < goal["to_limit"] < rows[0]["to_limit"]
+    noisy = {row["method"] for row in rows if row["to_limit"] is None}
+    assert len(noisy) == 6 and all("churn" in name or "η 1" in name for name in noisy)

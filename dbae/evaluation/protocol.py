@@ -17,7 +17,7 @@ from ..cli import check_choices, option
 from ..errors import UserError
 from ..files import atomic_file, sha256
 from ..model import DBAE
-from ..sampling import SAMPLERS, Options
+from ..sampling import SAMPLERS, Options, reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class SamplingConfig:
 
     batch_size: int = option(64, "images per forward pass")
     sampler: str = option("euler", "how the reverse bridge is integrated", choices=SAMPLERS)
-    steps: int = option(100, "grid points N of the sampler; of dbim: steps")
-    rho: float = option(7.0, "exponent of the time grid; 1 is uniform")
+    steps: int = option(100, "grid points N of the sampler; of dbim and exp: steps")
+    rho: float = option(7.0, "all but exp: exponent of the time grid; 1 is uniform")
     churn: float = option(0.0, "share of each step done by the SDE, in [0, 1); 0 is the ODE")
     guidance: float = option(1.0, "weight w of the pull towards x_T")
     eta: float = option(0.0, "dbim of order 1: noise within the steps, in [0, 1]")
@@ -131,7 +131,7 @@ def sampling_facts(
         **{
             name: value
             for name, value in config.sampler_options().items()
-            if config.sampler == "dbim" or name not in ("eta", "order")
+            if name in reads(config.sampler)
         },
         "seed": config.seed,
         "clip_denoised": True,
@@ -152,7 +152,7 @@ def sampling_line(protocol: Mapping[str, Any]) -> str:
 
 
 def sampler_text(protocol: Mapping[str, Any]) -> str:
-    """`euler-100`, `euler-333 SDE 0.33`, `dbim-9 order 2`, `dbim-9 order 1 eta 1.0`."""
+    """`euler-100`, `exp-5`, `euler-333 SDE 0.33`, `dbim-9 order 2`, `dbim-9 order 1 eta 1.0`."""
     text = f"{protocol.get('sampler', '?')}-{protocol.get('steps', '?')}"
     for name, shown in (("churn", "SDE"), ("order", "order"), ("eta", "eta")):
         if protocol.get(name):

@@ -33,7 +33,7 @@ FILES = re.compile(  # that a run writes
     r"|samples_\d+x\d+x\d+x3_nfe\d+\.npz|metrics\.json|comparison\.png"
 )
 _FOLDER = re.compile(
-    r"(euler|heun|dbim)_([\d.e+-]+)_(\d+)_w=([\d.e+-]+)_churn=([\d.e+-]+)"
+    r"(euler|heun|dbim|exp)_([\d.e+-]+)_(\d+)_w=([\d.e+-]+)_churn=([\d.e+-]+)"
     r"(?:_eta=([\d.e+-]+)_order=(\d))?"
 )
 Scores = dict[str, list[float]]  # metric → one figure per image
