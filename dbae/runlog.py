@@ -15,10 +15,10 @@ from typing import Any
 from .errors import UserError
 from .files import write_text
 
-# One row of progress.csv. The last two depend on the machine's speed, the others do not.
+# One row of progress.csv. The last three depend on the machine's speed, the others do not.
 COLUMNS = (
     "step", "images", "loss", "xs_mse", "grad_norm", "grad_norm_encoder", "z_norm", "z_std",
-    "z_dead", "replaced_images", "bad_steps", "overflows", "images_per_s", "seconds",
+    "z_dead", "replaced_images", "bad_steps", "overflows", "images_per_s", "seconds", "data_wait",
 )  # fmt: skip
 BAD_STEPS = "bad_steps.jsonl"
 # Columns that a line of the log shows only where they are not zero.
@@ -52,6 +52,7 @@ class RunLog:
         )  # fmt: skip
         self._mark = (time.perf_counter(), step)
         self._paused = self._mark[0]
+        self._waited = 0.0
 
     def say(self, text: str) -> None:
         """Print a line without disturbing the progress bar."""
@@ -63,6 +64,10 @@ class RunLog:
     def advance(self) -> None:
         """One step is done."""
         self._bar.update()
+
+    def waited(self, seconds: float) -> None:
+        """Training stood still for so long as there was no batch."""
+        self._waited += seconds
 
     def pause(self) -> None:
         """Stop the clock of images/s: what follows (sampling, saving) is no training."""
@@ -76,9 +81,15 @@ class RunLog:
     def write(self, row: dict[str, Any], global_batch: int, next_checkpoint: int) -> None:
         """Add a row to progress.csv and print its line; `row` holds COLUMNS but for the speed."""
         now, step = time.perf_counter(), row["step"]
-        seconds = (now - self._mark[0]) / max(step - self._mark[1], 1)
-        self._mark = (now, step)
-        row = {**row, "images_per_s": global_batch / seconds, "seconds": seconds}
+        taken = now - self._mark[0]
+        seconds = taken / max(step - self._mark[1], 1)
+        row = {
+            **row,
+            "images_per_s": global_batch / seconds,
+            "seconds": seconds,
+            "data_wait": self._waited / taken,
+        }
+        self._mark, self._waited = (now, step), 0.0
         text = io.StringIO()
         writer = csv.writer(text)
         if not self.path.exists():
@@ -90,7 +101,8 @@ class RunLog:
             f"step={step}/{self.max_steps} loss={row['loss']:.4f} xs_mse={row['xs_mse']:.5f} "
             f"grad={row['grad_norm']:.3g} grad_enc={row['grad_norm_encoder']:.3g} "
             f"|z|={row['z_norm']:.3g} z_dead={row['z_dead']:.0%} "
-            f"img/s={row['images_per_s']:.1f} eta={duration(eta)} next_ckpt={next_checkpoint}"
+            f"img/s={row['images_per_s']:.1f} data_wait={row['data_wait']:.0%} "
+            f"eta={duration(eta)} next_ckpt={next_checkpoint}"
             + "".join(f" {name}={row[name]}" for name in _RARE if row[name])
         )
         if self._service is not None:

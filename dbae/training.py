@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -351,7 +352,7 @@ class Trainer:
         tries = 0
         while self.step < self.config.max_steps:
             try:
-                for batch in self._load():
+                for batch in self._timed(self._load()):
                     tries = 0
                     yield batch
             except WorkerLost as lost:
@@ -362,6 +363,17 @@ class Trainer:
                 note = f"{who}{lost}; loading starts anew at step {self.step + 1}"
                 print(note, file=sys.stderr, flush=True)
             gc.collect()  # what is left of the lost workers, lest the new ones inherit it
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the log is told how long each was waited for."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if self.context.is_main:
+                self.log.waited(time.perf_counter() - started)
+            yield batch
 
     def _load(self) -> Iterator[Batch]:
         config, context = self.config, self.context

@@ -106,6 +106,7 @@ def test_log_lines_can_be_searched_and_grids_are_drawn(tmp_path: Path) -> None:
     line = next(line for line in done.stdout.splitlines() if line.startswith("step=2/2"))
     fields = dict(item.split("=") for item in line.split())
     assert {"loss", "xs_mse", "grad", "img/s", "eta", "next_ckpt", "z_dead"} <= fields.keys()
+    assert 0 <= int(fields["data_wait"].rstrip("%")) <= 100
     grid = np.asarray(Image.open(tmp_path / RUN / "samples" / "000002.png"))
     assert grid.shape[0] > 3 * 32 and grid.shape[1] > 8 * 32 and grid.std() > 10
 

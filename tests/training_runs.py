@@ -26,7 +26,7 @@ SMALL = [
     "--sample_interval=0", "--device=cpu", "--precision=fp32",
 ]  # fmt: skip
 RUN = "demo32_32_6d_true_vp"
-TIMED_COLUMNS = ("images_per_s", "seconds")
+TIMED_COLUMNS = ("images_per_s", "seconds", "data_wait")
 
 
 class Running:
