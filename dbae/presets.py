@@ -102,6 +102,9 @@ class TrainConfig:
     bad_images: str = option(
         "error", "an unreadable image stops the run or is replaced", choices=("error", "skip")
     )
+    fast_decode: bool = option(
+        False, "decode large JPEGs at a part of their size: faster, pixels within a grey level"
+    )
     workdir: str = option("workdir", "runs are written to WORKDIR/EXP")
     batch_size: int = option(64, "images per step and process (GPU)")
     microbatch: int = option(32, "images per forward pass; gradients are averaged over them")

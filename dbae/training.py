@@ -98,7 +98,8 @@ class Trainer:
             if config.compile:
                 require_compiler(self.device)
             source = (config.dataset, config.data_dir, model_config.image_size)
-            self.dataset = open_dataset(*source, config.split, config.bad_images)
+            policy = (config.bad_images, config.fast_decode)
+            self.dataset = open_dataset(*source, config.split, *policy)
             self.pictures = self.dataset
             if config.split == "train":
                 with contextlib.suppress(UserError):  # a set may have no part that is held out

@@ -11,6 +11,8 @@ import pickle
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -32,6 +34,7 @@ from dbae.data import (
     ImageDataset,
     RankBatches,
     decode,
+    demo,
     identity_groups,
     image_grid,
     open_dataset,
@@ -216,6 +219,44 @@ def test_center_cuts_the_middle_square_first() -> None:
     wide = NOISE.resize((60, 40))
     expected = wide.crop((10, 0, 50, 40)).resize((16, 16), Image.Resampling.BILINEAR)
     assert np.array_equal(transform(wide, 16, fit="center").permute(1, 2, 0), np.asarray(expected))
+
+
+HALVING = """
+import numpy as np, torch
+from PIL import Image
+from dbae.data.images import transform
+levels = np.random.default_rng(0)
+for side in [*range(1, 40), 64, 128, 250]:
+    extremes = levels.choice([0, 1, 127, 128, 254, 255], (2 * side, 2 * side, 3))
+    for pixels in (extremes, levels.integers(0, 256, extremes.shape)):
+        image = Image.fromarray(pixels.astype(np.uint8))
+        expected = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+        for fit in ("stretch", "center"):
+            found = transform(image, side, fit=fit)
+            assert np.array_equal(found.permute(1, 2, 0).numpy(), expected), (side, fit)
+            assert found.is_contiguous()
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "as it is"])
+def test_halving_gives_pillows_very_pixels_on_any_processor(capability: str) -> None:
+    chosen = {"ATEN_CPU_CAPABILITY": capability} if capability == "default" else {}
+    done = subprocess.run(
+        [sys.executable, "-c", HALVING], env=os.environ | chosen, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert capability != "default" or done.stdout.split() == ["DEFAULT"]
+
+
+@pytest.mark.filterwarnings("error")  # torch's, of memory that may not be written
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_pixels_belong_to_the_tensor_alone(side: int) -> None:
+    image = Image.new("RGB", (side, side), RED)
+    for size in (1, 2):
+        transform(image, size).zero_()
+        assert image.getpixel((0, 0)) == RED
+        assert transform(image, size)[0].eq(255).all()
 
 
 def test_an_image_of_the_right_size_is_left_alone() -> None:
@@ -609,6 +650,81 @@ def test_describe_is_json_and_tells_data_sets_apart(tmp_path: Path) -> None:
     others.append(open_dataset("folder", str(path), 8, "train").describe())
     prints = [first["fingerprint"], *(other["fingerprint"] for other in others)]
     assert len(set(prints)) == 4
+
+
+# Scaled decoding of large JPEGs
+
+
+def grainy(width: int, height: int) -> Image.Image:
+    """A large picture with edges, surfaces and grain, as a photograph has."""
+    face = Image.fromarray(demo.draw(3, 256)).resize((width, height), Image.Resampling.BICUBIC)
+    grain = np.random.default_rng(0).normal(0, 12, (height, width, 1))
+    return Image.fromarray((np.asarray(face) + grain).clip(0, 255).astype(np.uint8))
+
+
+def rms(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((1024, 1024), (256, 256)),  # an eighth would be 128: too close to 64
+        ((2048, 1536), (256, 192)),
+        ((1600, 1560), (400, 390)),  # at an eighth the centred square would begin within a pixel
+        ((1024, 1020), (512, 510)),
+        ((1023, 1023), (1023, 1023)),
+        ((380, 380), (380, 380)),
+    ],
+)
+def test_fast_decoding_stays_within_a_grey_level(
+    size: tuple[int, int], decoded: tuple[int, int], tmp_path: Path
+) -> None:
+    image = grainy(*size)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(image, "JPEG", quality=90, exif=exif)
+        write_folder(tmp_path, {f"{orientation}.jpg": data})
+        turned = decoded if orientation < 5 else decoded[::-1]
+        assert decode(data, "x", 64).size == turned
+    plain_set = open_dataset("folder", str(tmp_path), 64, "all")
+    fast_set = open_dataset("folder", str(tmp_path), 64, "all", fast_decode=True)
+    for i in range(8):
+        apart = rms(fast_set[i].image, plain_set[i].image)
+        assert apart < 0.7 if decoded != size else apart == 0
+
+
+def test_fast_decoding_is_off_unless_asked_for_and_says_so(tmp_path: Path) -> None:
+    large = encode(grainy(1024, 1024), "JPEG", quality=95)
+    write_folder(tmp_path, {"a.jpg": large})
+    assert decode(large, "a.jpg").size == (1024, 1024)
+    plain_set = open_dataset("folder", str(tmp_path), 64, "all")
+    fast_set = open_dataset("folder", str(tmp_path), 64, "all", fast_decode=True)
+    exact = transform(Image.open(io.BytesIO(large)), 64)
+    assert torch.equal(plain_set[0].image, exact)
+    assert not torch.equal(fast_set[0].image, exact)
+    told = fast_set.describe(), plain_set.describe()
+    assert {name for name in told[0] if told[0][name] != told[1][name]} == {"transform"}
+    assert told[0]["transform"] == told[1]["transform"] + "; large JPEGs by scaled decoding"
+    assert fast_set.in_split("all").describe() == fast_set.subset([0]).describe() == told[0]
+
+
+def test_fast_decoding_leaves_a_crop_that_counts_pixels_alone(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.jpg": encode(grainy(1424, 1744), "JPEG")})
+    sets = [
+        open_dataset("celeba", str(tmp_path), 8, "all", fast_decode=fast) for fast in (False, True)
+    ]
+    assert torch.equal(sets[0][0].image, sets[1][0].image)
+    assert sets[0].describe() == sets[1].describe()
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.97])
+def test_a_truncated_jpeg_is_refused_by_fast_decoding_too(kept: float) -> None:
+    data = encode(grainy(1024, 1024), "JPEG")
+    with pytest.raises(BadImage, match="cannot be decoded") as error:
+        decode(data[: int(kept * len(data))], "a.jpg", 64)
+    one_line(error)
 
 
 # Bad images in a data set

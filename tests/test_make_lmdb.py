@@ -19,6 +19,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dbae.data import identity_groups, lmdb_writer, open_dataset, open_source
@@ -89,6 +90,17 @@ def test_resized_images_are_written_in_diffaes_layout(tmp_path: Path) -> None:
         assert np.array_equal(found, expected)
     ours = open_dataset("folder", str(out), 16, "all")
     assert len(ours) == 40 and ours.image_name(39) == "16-00039"
+
+
+def test_size_stores_what_training_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder_of(tmp_path / "in", 5, (40, 32))
+    make(source, tmp_path / "out", "--size", 16, "--format", "png", "--workers", 0)
+    plain = open_dataset("folder", str(source), 16, "all")
+    expected = [plain[i].image for i in range(5)]
+    for module, name in ((Image.Image, "resize"), (torch.nn.functional, "interpolate")):
+        monkeypatch.setattr(module, name, None)  # nothing may be resized from here on
+    stored = open_dataset("folder", str(tmp_path / "out"), 16, "all")
+    assert all(torch.equal(stored[i].image, expected[i]) for i in range(5))
 
 
 def test_size_0_keeps_the_encoded_bytes_of_a_zip(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import io
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from ..errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 FITS = ("stretch", "center", "enlarge")
 _ENLARGED = 1.1  # sides before the cut of fit "enlarge", relative to those after
+_SPARE = 3  # how much larger than wanted a JPEG's scaled decoding must be: closer, errors grow
 _PADDING = 2  # pixels between and around the images of a grid
 
 
@@ -30,26 +32,45 @@ def bad_image(name: str, reason: object) -> BadImage:
     return BadImage(f"image {name}: {reason}")
 
 
-def decode(data: bytes, name: str) -> Image.Image:
+def decode(data: bytes, name: str, wanted: int | None = None) -> Image.Image:
     """The encoded image `data` (one of `FORMATS`, any mode) → RGB, 8 bits a channel.
 
     Of several frames the first is taken. The EXIF orientation is applied, transparency is laid on
     white, 16-bit and 32-bit grey is divided by 257, floating-point grey is scaled from [0, 1],
-    [0, 255] or [0, 65535], whichever its maximum fits. Raises BadImage, naming `name`, for what is
-    empty, truncated, not an image, or so large (above 179 million pixels, by its header) that it
-    must be a decompression bomb.
+    [0, 255] or [0, 65535], whichever its maximum fits. With `wanted`, the side that it will be
+    resized to, a JPEG may come at 1/2, 1/4 or 1/8 of its size (see `_draft`).
+
+    Raises BadImage, naming `name`, for what is empty, truncated, not an image, or so large (above
+    179 million pixels, by its header) that it must be a decompression bomb.
     """
     if not data:
         raise bad_image(name, "the file is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if wanted is not None:
+            _draft(image, wanted)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large picture takes its time
+        return _to_rgb(image)
     except UnidentifiedImageError:
         raise bad_image(name, f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, …
         reason = str(error) or type(error).__name__
         raise bad_image(name, f"cannot be decoded ({reason})") from error
+
+
+def _draft(image: Image.Image, wanted: int) -> None:
+    """Let a JPEG be decoded to a part of its size, which skips much of the work.
+
+    The part is the smallest of 1/2, 1/4, 1/8 that leaves `_SPARE` times the wanted pixels a side,
+    and that puts the edges of the picture and of its centred square between pixels.
+    """
+    width, height = image.size
+    for part in (8, 4, 2):
+        whole = not (width % part or height % part or (width - height) % (2 * part))
+        if whole and min(width, height) >= part * _SPARE * wanted:
+            image.draft(None, (width // part, height // part))
+            return
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -58,7 +79,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(opaque, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
@@ -120,8 +141,26 @@ def transform(
                 "(for images cut already use the data set `folder`)",
             )
         image = image.crop((left, top, left + width, top + height))
-    pixels = np.array(fit_square(image, size, fit))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    if image.size == (2 * size, 2 * size) and fit != "enlarge":
+        return _halved(image)
+    return _channels_first(np.asarray(fit_square(image, size, fit)))
+
+
+def _halved(image: Image.Image) -> Tensor:
+    """A square image at half its side: the pixels of `fit_square`, for a third of the time.
+
+    That is torch's own integer resize. It rounds its weights more coarsely than Pillow, which
+    shows in no pixel where they are 1, 3, 3, 1 eighths (sevenths without the first at the border).
+    """
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    side = image.width // 2
+    half = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+    return _channels_first(half[0].permute(1, 2, 0).numpy())
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) → a tensor of its own, (3, H, W); numpy does it faster than torch."""
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 
 def to_model_range(pixels: Tensor) -> Tensor:

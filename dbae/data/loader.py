@@ -61,7 +61,7 @@ def load_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=False,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=_apart if num_workers else None,
         timeout=_POLL_S if num_workers else 0,
     )
@@ -130,5 +130,6 @@ def _apart(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(items: list[Item]) -> Batch:
+def collate(items: list[Item]) -> Batch:
+    """Items as one Batch."""
     return Batch(torch.stack([i.image for i in items]), sum(i.replaced for i in items))
