@@ -41,7 +41,7 @@ def _attention(self: Attention, x: Tensor) -> Tensor:
 
 def _weight(self: SpectralNorm) -> Tensor:
     with torch.autocast(self.weight_orig.device.type, enabled=False):
-        return self.weight_orig * self.inverse_norm()
+        return self.weight_orig * self.scale()
 
 
 def _conv(self: SpectralConv2d, x: Tensor) -> Tensor:

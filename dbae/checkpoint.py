@@ -386,9 +386,12 @@ def write(path: Path, content: Any) -> str:
 
 
 def to_cpu(content: Any, copy: bool = False) -> Any:
-    """Nested dicts and lists with their tensors on the CPU; `copy`: also those that are there."""
+    """Nested dicts and lists with their tensors on the CPU, in the usual order in memory.
+
+    `copy`: also those that are there.
+    """
     if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=copy)
+        return content.detach().to("cpu", copy=copy).contiguous()
     if isinstance(content, dict):
         moved: Any = type(content)((key, to_cpu(value, copy)) for key, value in content.items())
         if hasattr(content, "_metadata"):  # of a state dict

@@ -167,7 +167,6 @@ class SpectralNorm(nn.Module):
         matrix = self._matrix()
         self.register_buffer("weight_u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
-        self._kept: tuple[list[tuple[int, int]], Tensor] | None = None
         self.power_iteration(15)
 
     def _matrix(self) -> Tensor:
@@ -182,28 +181,13 @@ class SpectralNorm(nn.Module):
             self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
             self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
 
-    def inverse_norm(self) -> Tensor:
+    def scale(self) -> Tensor:
         """1/σ, float32 also under autocast, of shape ()."""
         with torch.autocast(self.weight_orig.device.type, enabled=False):
             if self.training:
                 self.power_iteration()
             # Clones, since the next forward pass changes u and v before this backward pass ends.
             return 1 / (self.weight_u.clone() @ self._matrix() @ self.weight_v.clone())
-
-    def scale(self) -> Tensor:
-        """`inverse_norm`, which in eval mode without gradients is kept until something changes."""
-        sources = (self.weight_orig, self.weight_u, self.weight_v)
-        if (
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or any(source.is_inference() for source in sources)  # these do not count changes
-        ):
-            return self.inverse_norm()
-        state = [(source.data_ptr(), source._version) for source in sources]
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self.inverse_norm())
-        return self._kept[1]
 
 
 class SpectralConv2d(SpectralNorm):

@@ -48,7 +48,7 @@ class DBAE(nn.Module):
         out_dim = 2 * latent if config.stochastic else latent
         self.encoder = Encoder(size, config.num_channels, out_dim, blocks)
         self.endpoint = EndpointDecoder(size, latent, config.endpoint_width)
-        # The order that convolutions and attention are fastest in; values and files do not differ.
+        # The order in memory that convolutions and attention are fastest in; files have the usual.
         for network in (self.unet, self.encoder):
             network.to(memory_format=torch.channels_last)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RAdam(torch.optim.RAdam):
@@ -16,18 +16,23 @@ class RAdam(torch.optim.RAdam):
     torch has no fused kernel of it, and reads and writes all weights some twenty times a step. Once
     the variance of the adaptive rate is tractable (from the sixth step on), RAdam is Adam with the
     rate lr · r_t and, as its ε stands outside of the bias correction, with ε/√(1 − β₂ᵗ): torch's
-    fused Adam then does it all at once. All weights are to be on one device, have been updated
-    equally often, and have gradients or none together.
+    fused Adam then does it all at once, where all weights that have a gradient have been updated
+    equally often; where they have not, torch's own update is done. They are on one device.
     """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(list(params), lr=lr)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients in `.grad`; `closure` is handed on for the first few."""
+        """One update from the gradients in `.grad`."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            first = self.state[params[0]] if params else {}
+            counts = {int(self.state[p]["step"]) if self.state[p] else 0 for p in params}
+            if closure is not None or len(counts) != 1:
+                return super().step(closure)
             beta1, beta2 = group["betas"]
-            done = int(first["step"]) + 1 if first else 1
+            done = counts.pop() + 1
             decay = beta2**done
             length = 2 / (1 - beta2) - 1
             length_now = length - 2 * done * decay / (1 - decay)

@@ -103,7 +103,8 @@ class TrainConfig:
         "error", "an unreadable image stops the run or is replaced", choices=("error", "skip")
     )
     fast_decode: bool = option(
-        False, "decode large JPEGs at a part of their size: faster, pixels within a grey level"
+        False,
+        "decode large JPEGs at a part of their size: faster, within about half a grey level (RMS)",
     )
     workdir: str = option("workdir", "runs are written to WORKDIR/EXP")
     batch_size: int = option(64, "images per step and process (GPU)")

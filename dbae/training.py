@@ -494,6 +494,7 @@ class Trainer:
                 "device": torch.cuda.get_device_name() if cuda else self.device.type,
                 "python": platform.python_version(),
                 "torch": str(torch.__version__),
+                "precision": choose(self.config.precision, self.device),
                 "command": command,
             },
         }
@@ -506,6 +507,7 @@ class Trainer:
             "the images": self.describe["data"]["fingerprint"],
             "the version of torch": self.describe["environment"]["torch"],
             "the kind of device": self.device.type,
+            "what --precision means there": self.describe["environment"]["precision"],
         }
 
     def _open_folder(self) -> None:

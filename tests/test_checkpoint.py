@@ -213,3 +213,12 @@ def test_half_precision_files_load_into_float32_models(model: DBAE, tmp_path: Pa
     loaded = create_model("demo", latent_dim=5, stochastic=True)
     dbae.load_weights(loaded, state)
     assert loaded.unet.label_emb.weight.dtype == torch.float32
+
+
+def test_files_hold_tensors_in_the_usual_order_whatever_is_in_memory(
+    model: DBAE, tmp_path: Path
+) -> None:
+    assert not model.unet.input_blocks[1][0].in_layers[2].weight.is_contiguous()
+    save_weights(tmp_path / "ema_0.9999_000001.pt", model)
+    stored = torch.load(tmp_path / "ema_0.9999_000001.pt", weights_only=True)
+    assert stored and all(value.is_contiguous() for value in stored.values())

@@ -292,8 +292,8 @@ def test_the_list_of_flags_is_deliberate() -> None:
 
     assert names(train_flags) == [
         "dataset", "data_dir", "split", "bad_images", "fast_decode", "workdir", "batch_size",
-        "microbatch", "lr", "ema_rate", "max_steps", "time_sampling", "flip", "precision", "compile",
-        "activation_checkpointing", "seed", "max_bad_steps", "max_spike", "max_minutes",
+        "microbatch", "lr", "ema_rate", "max_steps", "time_sampling", "flip", "precision",
+        "compile", "activation_checkpointing", "seed", "max_bad_steps", "max_spike", "max_minutes",
         "timeout_s", "save_interval", "keep_last", "keep_every", "mirror", "async_save",
         "sample_interval", "log_interval", "num_workers", "logger",
     ]  # fmt: skip

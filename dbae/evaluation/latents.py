@@ -45,7 +45,6 @@ _FILES = re.compile(r"latents\.(npz|safetensors|json)|neighbours\.png")
 _PART_IMAGES = 1024  # that a kill may cost each rank: a part is kept when so many are encoded
 _QUERIES, _NEAREST = 6, 7  # rows and columns beside the query of neighbours.png
 _ARRAYS = ("mean", "log_sigma", "flipped_mean", "flipped_log_sigma")
-# What must agree for a cache to be used again.
 # What must agree for a cache to serve: a fact's name, and what one is called where it does not.
 _IDENTITY = {
     "checkpoint_sha256": "of another checkpoint",
@@ -327,7 +326,8 @@ def _from_cache(
         return None, "damaged"
     ours = json.loads(json.dumps({name: facts[name] for name in _IDENTITY}))
     for name, what in _IDENTITY.items():
-        if kept.provenance.get(name) != ours[name]:
+        before = "fp32" if name == "precision" else None  # of caches that do not tell
+        if kept.provenance.get(name, before) != ours[name]:
             return None, what
     if len(kept) < count:
         return None, f"of {len(kept)} images only"
