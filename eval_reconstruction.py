@@ -28,15 +28,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--weights_dir",
         help="folder with alexnet-owt-7be5be79.pth for LPIPS (torch's cache is searched too)",
     )
-    parser.add_argument(
-        "--reference_compat",
-        nargs="?",
-        const=True,
-        default=False,
-        type=cli.parse_bool,
-        metavar="true|false",
-        help="count MSE and SSIM as the published script does (default: false)",
-    )
+    cli.add_switch(parser, "--reference_compat", "count MSE and SSIM as the published script does")
     parser.add_argument(
         "--batch_size", type=int, default=64, help="images scored at once (default: 64)"
     )

@@ -5,6 +5,7 @@ python3 benchmarks/startup.py
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,13 @@ def _help(script: Path) -> float:
     return time.perf_counter() - started
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    options = parser.parse_args()
     print(machine())
-    show("startup", measure(quick=False))
+    show("startup", measure(options.quick))
+
+
+if __name__ == "__main__":
+    main()

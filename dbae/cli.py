@@ -87,6 +87,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, allow_abbrev=False)
 
 
+# How a flag that is true or false is parsed: `--flag` alone means true.
+_SWITCH: dict[str, Any] = {
+    "type": parse_bool, "nargs": "?", "const": True, "metavar": "true|false"
+}  # fmt: skip
+
+
+def add_switch(to: argparse.ArgumentParser, flag: str, help: str) -> None:
+    """Add a flag that is false unless it is given."""
+    to.add_argument(flag, default=False, help=f"{help} (default: false)", **_SWITCH)
+
+
 def add_flags(
     to: argparse.ArgumentParser, config: type, defaults: str | None = None, skip: Sequence[str] = ()
 ) -> None:
@@ -102,14 +113,11 @@ def add_flags(
             continue
         convert = _converter(hints[field.name])
         shown = f"{defaults}, else {field.default}" if defaults else field.default
-        keywords: dict[str, Any] = {}
-        if convert is parse_bool:  # `--flag` alone means true
-            keywords = {"nargs": "?", "const": True, "metavar": "true|false"}
-        elif field.metadata.get("choices"):
-            keywords = {"choices": list(field.metadata["choices"])}
+        keywords: dict[str, Any] = _SWITCH if convert is parse_bool else {"type": convert}
+        if field.metadata.get("choices"):
+            keywords = {**keywords, "choices": list(field.metadata["choices"])}
         group.add_argument(
             f"--{field.name}",
-            type=convert,
             default=argparse.SUPPRESS,
             help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"),
             **keywords,

@@ -58,21 +58,18 @@ class DBAE(nn.Module):
         Args:
             precision: "fp32", "bf16", "fp16" (by autocast; weights stay float32), or "auto", the
                 fastest that is safe on the device (`dbae.precision.choose`).
-            compile: compile the three networks, at their first call for each shape. That takes
-                about a minute on a CPU.
+            compile: compile the three networks in place (`torch.compile`), at their first call for
+                each shape, which takes minutes on a CPU. Copies of the model are not compiled.
 
         Raises UserError for a precision that the device lacks, and where nothing can be compiled.
         """
-        self.precision = choose(precision, next(self.parameters()).device)
+        device = next(self.parameters()).device
+        self.precision = choose(precision, device)
         if compile:
-            self.compile_networks()
+            require_compiler(device)
+            for network in (self.unet, self.encoder, self.endpoint):
+                network.compile()
         return self
-
-    def compile_networks(self) -> None:
-        """`torch.compile` the three networks, in place. UserError where nothing can be compiled."""
-        require_compiler(next(self.parameters()).device)
-        for network in (self.unet, self.encoder, self.endpoint):
-            network.compile()
 
     def checkpoint_activations(self) -> None:
         """Keep only what enters each stage of UNet and encoder; compute the rest again backwards.

@@ -26,40 +26,40 @@ class RAdam(torch.optim.RAdam):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from the gradients in `.grad`."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            counts = {int(self.state[p]["step"]) if self.state[p] else 0 for p in params}
-            if closure is not None or len(counts) != 1:
-                return super().step(closure)
-            beta1, beta2 = group["betas"]
-            done = counts.pop() + 1
-            decay = beta2**done
-            length = 2 / (1 - beta2) - 1
-            length_now = length - 2 * done * decay / (1 - decay)
-            if length_now <= 5:
-                return super().step(closure)
-            rectified = math.sqrt(
-                (length_now - 4) * (length_now - 2) * length
-                / ((length - 4) * (length - 2) * length_now)
-            )  # fmt: skip
-            states = [self.state[p] for p in params]
-            for state in states:
-                state["step"] += 1
-            torch._fused_adam_(
-                params,
-                [_laid_out_like(p, p.grad) for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [torch.full((), float(done), device=params[0].device)] * len(params),
-                lr=group["lr"] * rectified,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=0.0,
-                eps=group["eps"] / math.sqrt(1 - decay),
-                amsgrad=False,
-                maximize=False,
-            )
+        (group,) = self.param_groups
+        params = [p for p in group["params"] if p.grad is not None]
+        counts = {int(self.state[p]["step"]) if self.state[p] else 0 for p in params}
+        if closure is not None or len(counts) != 1:
+            return super().step(closure)
+        beta1, beta2 = group["betas"]
+        done = counts.pop() + 1
+        decay = beta2**done
+        length = 2 / (1 - beta2) - 1
+        length_now = length - 2 * done * decay / (1 - decay)
+        if length_now <= 5:
+            return super().step(closure)
+        rectified = math.sqrt(
+            (length_now - 4) * (length_now - 2) * length
+            / ((length - 4) * (length - 2) * length_now)
+        )  # fmt: skip
+        states = [self.state[p] for p in params]
+        for state in states:
+            state["step"] += 1
+        torch._fused_adam_(
+            params,
+            [_laid_out_like(p, p.grad) for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [torch.full((), float(done), device=params[0].device)] * len(params),
+            lr=group["lr"] * rectified,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["eps"] / math.sqrt(1 - decay),
+            amsgrad=False,
+            maximize=False,
+        )
         return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -51,19 +51,6 @@ class Samples:
     path: Tensor | None = None
 
 
-_READ = {
-    "euler": {"rho", "churn", "guidance"},
-    "heun": {"rho", "churn", "guidance"},
-    "dbim": {"rho", "eta", "order"},
-    "exp": set[str](),
-}
-
-
-def reads(sampler: str) -> set[str]:
-    """The fields of `Options` that this sampler is told by."""
-    return {"sampler", "steps"} | _READ[sampler]
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Which sampler, and its numbers (see `sample`). UserError for one out of its range."""
@@ -355,13 +342,27 @@ def _require_scale_at_T(bridge: Bridge, sampler: str) -> None:
         )
 
 
-SOLVERS: dict[str, Callable[[Estimate, Tensor, Bridge, Options, Noise], States]] = {
-    "euler": functools.partial(follow_slope, euler),
-    "heun": functools.partial(follow_slope, heun),
-    "dbim": follow_dbim,
-    "exp": follow_exp,
+class Solver(NamedTuple):
+    """A sampler: how it goes from x_T to the image, and which options beside its steps it reads."""
+
+    follow: Callable[[Estimate, Tensor, Bridge, Options, Noise], States]
+    reads: tuple[str, ...]
+
+
+SOLVERS = {
+    "euler": Solver(functools.partial(follow_slope, euler), ("rho", "churn", "guidance")),
+    "heun": Solver(functools.partial(follow_slope, heun), ("rho", "churn", "guidance")),
+    "dbim": Solver(follow_dbim, ("rho", "eta", "order")),
+    "exp": Solver(follow_exp, ()),
 }
 SAMPLERS = tuple(SOLVERS)
+
+
+def reads(sampler: str) -> tuple[str, ...]:
+    """The fields of `Options` that this sampler is told by."""
+    return ("sampler", "steps", *SOLVERS[sampler].reads)
+
+
 FEW = 5  # steps of `best_with_few` that come as near as a hundred of Euler's
 
 
@@ -428,7 +429,7 @@ def sample(
         return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
     path = [x_T]
-    for i, (t, x) in enumerate(SOLVERS[sampler](estimate, x_T, bridge, options, draw)):
+    for i, (t, x) in enumerate(SOLVERS[sampler].follow(estimate, x_T, bridge, options, draw)):
         if return_path:
             path.append(x)
         if callback is not None:

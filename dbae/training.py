@@ -94,7 +94,6 @@ class Trainer:
         self.stop = StopRequest(config.max_minutes)
         self.folder = Path(config.workdir) / experiment_name(config.dataset, model_config)
         with context.together():
-            choose(config.precision, self.device)
             if config.compile:
                 require_compiler(self.device)
             source = (config.dataset, config.data_dir, model_config.image_size)
@@ -113,7 +112,10 @@ class Trainer:
         self.global_batch = config.batch_size * context.world_size
 
         torch.manual_seed(fold(config.seed, "initial weights"))
-        self.model = DBAE(model_config).to(self.device).accelerate(config.precision)
+        self.model = DBAE(model_config).to(self.device)
+        self.model.accelerate(config.precision, config.compile)
+        if config.activation_checkpointing:
+            self.model.checkpoint_activations()
         self.ema = Ema(self.model, config.ema_rate)
         self.optimizer = RAdam(self.model.parameters(), lr=config.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.model.precision == "fp16")
@@ -129,10 +131,6 @@ class Trainer:
             with context.together():
                 if context.is_main:
                     self._open_log(notes)
-            if config.activation_checkpointing:
-                self.model.checkpoint_activations()
-            if config.compile:
-                self.model.compile_networks()
             self.wrapped = self._wrapped()
         except BaseException:
             self.close()

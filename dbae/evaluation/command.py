@@ -53,15 +53,7 @@ def parser(description: str | None, config: type) -> argparse.ArgumentParser:
         help="arithmetic of the networks; auto: bf16 where the device is made for it, else fp32 "
         "(default: fp32, in which an image's figures do not depend on its batch)",
     )
-    made.add_argument(
-        "--compile",
-        nargs="?",
-        const=True,
-        default=False,
-        type=cli.parse_bool,
-        metavar="true|false",
-        help="compile the networks at the start, torch.compile (default: false)",
-    )
+    cli.add_switch(made, "--compile", "compile the networks at the start, torch.compile")
     cli.add_flags(made, config)
     return made
 

@@ -35,8 +35,9 @@ _SOLVER_TOLERANCE = 1e-6
 _CONVERGED = 1e-5
 _NEWTON_STEPS, _CONJUGATE_STEPS = 50, 200  # at most; a fit that needs more has not converged
 _NEWTON_ACCURACY = 0.05  # of a step, relative
-_FEATURES_AT_ONCE = 2**21  # in a matrix product: 16 MiB, likewise
-_WEIGHTS_AT_ONCE = 2**18  # resampling weights: 2 MiB, which a processor's cache holds
+# What a processor's cache holds: features in a matrix product, 16 MiB; resampling weights, 2 MiB.
+_FEATURES_AT_ONCE = 2**21
+_WEIGHTS_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True, eq=False)
